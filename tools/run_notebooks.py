@@ -1,0 +1,24 @@
+"""Run notebooks in place and keep their outputs: all of them, or those named."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
+
+
+def main(names: list[str]) -> None:
+    """Run each notebook in its own folder."""
+    every = (path for path in NOTEBOOKS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    for path in [Path(name).resolve() for name in names] or sorted(every):
+        print(path.relative_to(NOTEBOOKS), flush=True)
+        notebook = nbformat.read(path, as_version=4)
+        resources = {"metadata": {"path": str(path.parent)}}
+        NotebookClient(notebook, timeout=1800, resources=resources).execute()
+        nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
