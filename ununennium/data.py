@@ -94,7 +94,7 @@ def swath_edge(size: int, generator: torch.Generator) -> Tensor:
     distance = rows * torch.tensor(angle).sin() + columns * torch.tensor(angle).cos()
     return distance > float(torch.rand((), generator=generator)) * 1.6 - 0.8
 
-# %% ../nbs/30_data.ipynb #data-012
+# %% ../nbs/30_data.ipynb #data-016
 class SyntheticScenes(Dataset):
     """Labelled scenes, made on demand: sample *i* of a seed is always the same.
 
@@ -130,7 +130,8 @@ class SyntheticScenes(Dataset):
     ) -> None:
         if length < 1 or size < 16:
             raise ValueError(
-                f"SyntheticScenes(length={length}, size={size}) needs a scene of at least 16 pixels."
+                f"SyntheticScenes(length={length}, size={size}) needs a scene of at least 16 "
+                "pixels."
             )
         self.length, self.size, self.time_steps = length, size, time_steps
         self.cloud_cover, self.nodata, self.seed = cloud_cover, nodata, seed
@@ -139,7 +140,10 @@ class SyntheticScenes(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `image` `(6, H, W)` or `(T, 6, H, W)` float32, `mask` `(H, W)` int64, and `name`."""
+        """Return a dictionary with the scene.
+
+        `image` is `(6, H, W)` or `(T, 6, H, W)`, float32; `mask` is `(H, W)`, int64.
+        """
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
@@ -158,14 +162,15 @@ class SyntheticScenes(Dataset):
         image = images if self.time_steps else images[0]
         return {"image": image, "mask": mask, "name": f"scene-{self.seed}-{index:04d}"}
 
-# %% ../nbs/30_data.ipynb #data-016
+# %% ../nbs/30_data.ipynb #data-020
 def true_colour(image: Tensor, rgb: tuple[int, int, int] = (2, 1, 0)) -> Tensor:
     """Return an image `(C, H, W)` as `(H, W, 3)` in 0..1, for display.
 
     Parameters
     ----------
     image
-        Any scale; zeros in all bands and values that are not finite are taken as nodata, and shown grey.
+        Any scale; zeros in all bands and values that are not finite are taken as nodata, and shown
+        grey.
     rgb
         The bands shown as red, green and blue.
     """

@@ -21,20 +21,21 @@ class MaskedLoss(nn.Module):
     Parameters
     ----------
     loss
-        An elementwise loss with `reduction="none"`, such as `nn.BCEWithLogitsLoss(reduction="none")`.
+        An elementwise loss, such as `nn.BCEWithLogitsLoss(reduction="none")`.
     ignore_index
-        The target value that means "no data". None takes NaN and infinite targets as no data, which is
-        the usual convention in regression.
+        The target value that means "no data". None takes NaN and infinite targets as no data,
+        which is the usual convention in regression.
     """
 
     def __init__(
         self, loss: Callable[[Tensor, Tensor], Tensor], ignore_index: int | None = None
     ) -> None:
         super().__init__()
-        if getattr(loss, "reduction", "none") != "none":
+        reduction = getattr(loss, "reduction", "none")
+        if reduction != "none":
             raise ValueError(
                 f"MaskedLoss needs each element's own loss, but {type(loss).__name__} has "
-                f"reduction={loss.reduction!r}. Pass reduction='none'."  # pyright: ignore[reportFunctionMemberAccess]
+                f"reduction={reduction!r}. Pass reduction='none'."
             )
         self.loss = loss
         self.ignore_index = ignore_index

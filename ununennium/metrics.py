@@ -75,7 +75,7 @@ def predicted_classes(output: Tensor) -> Tensor:
         best = torch.maximum(best, score)
     return winner
 
-# %% ../nbs/10_metrics.ipynb #metrics-014
+# %% ../nbs/10_metrics.ipynb #metrics-003
 def count_pairs(
     truth: Tensor, predicted: Tensor, num_classes: int, ignore_index: int | None
 ) -> Tensor:
@@ -93,8 +93,8 @@ def count_pairs(
     Returns
     -------
     Tensor
-        `K*K + 2` int64 counts: the table row by row, then the ignored pixels, then those whose label is
-        no class at all.
+        `K*K + 2` int64 counts: the table row by row, then the ignored pixels, then those whose
+        label is no class at all.
     """
     truth = truth.long()
     cells = num_classes * num_classes
@@ -193,7 +193,10 @@ class ConfusionMatrix:
         )
 
     def compute(self) -> dict[str, float]:
-        """Return `IoU` (mean), `IoU_classes` (how many were averaged), `IoU/<class>` and `accuracy`."""
+        """Return the scores.
+
+        `IoU` is the mean over classes, `IoU_classes` says over how many; `IoU/<class>`, `accuracy`.
+        """
         if self.state is not None and (outside := int(self.state[-1])):
             raise ValueError(
                 f"{outside} labels are outside the classes 0..{self.num_classes - 1} and are not "
@@ -206,7 +209,7 @@ class ConfusionMatrix:
         }
         return scores | {"accuracy": float(table.diag().sum() / table.sum())}
 
-# %% ../nbs/10_metrics.ipynb #metrics-031
+# %% ../nbs/10_metrics.ipynb #metrics-014
 class MetricSet:
     """Several metrics under one roof.
 
@@ -225,7 +228,8 @@ class MetricSet:
         for name, metric in self.metrics.items():
             if not all(hasattr(metric, part) for part in ("update", "compute", "reset")):
                 raise TypeError(
-                    f"metrics[{name!r}] is a {type(metric).__name__}, which lacks update, compute or "
+                    f"metrics[{name!r}] is a {type(metric).__name__}, which lacks update, compute "
+                    "or "
                     "reset. Pass a torchmetrics metric, or write a class with these three methods."
                 )
         self.class_names = class_names
@@ -264,4 +268,7 @@ class MetricSet:
         names = self.class_names
         if names is None or len(names) != value.numel():
             names = [str(number) for number in range(value.numel())]
-        return {f"{name}/{key}": float(number) for key, number in zip(names, value.flatten())}
+        return {
+            f"{name}/{key}": float(number)
+            for key, number in zip(names, value.flatten(), strict=True)
+        }

@@ -36,26 +36,24 @@ def unpack(batch: Any) -> tuple[Any, Any]:
         if "image" in batch and target_key:
             return batch["image"], batch[target_key]
         raise ValueError(
-            f"A dictionary batch needs 'image' and 'mask' or 'label', but has {sorted(map(str, batch))}. "
+            "A dictionary batch needs 'image' and 'mask' or 'label', but has "
+            f"{sorted(map(str, batch))}. "
             "Rename the keys in the dataset, or override Trainer.unpack."
         )
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
     if hasattr(batch, "images") and hasattr(batch, "labels"):
         return batch.images, batch.labels
-    what = (
-        f"{type(batch).__name__} of {len(batch)}"
-        if isinstance(batch, (tuple, list))
-        else type(batch).__name__
-    )
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
     raise ValueError(
-        f"A batch is a {what}; expected (inputs, target), a dictionary with 'image' and 'mask', or an object "
-        "with .images and .labels. Change the dataset, or override Trainer.unpack."
+        f"A batch is a {kind}; expected "
+        "(inputs, target), a dictionary with 'image' and 'mask', or an object with .images and "
+        ".labels. Change the dataset, or override Trainer.unpack."
     )
 
-# %% ../../nbs/training/40_batches.ipynb #batches-008
+# %% ../../nbs/training/40_batches.ipynb #batches-025
 def move(value: Any, device: torch.device) -> Any:
-    """Return `value` with every tensor in it on `device`; containers are rebuilt, other things stay.
+    """Return `value` with every tensor in it on `device`; other things stay as they are.
 
     Copies from pinned memory do not wait for the device.
     """
@@ -69,19 +67,20 @@ def move(value: Any, device: torch.device) -> Any:
         return type(value)(move(item, device) for item in value)
     return value
 
-# %% ../../nbs/training/40_batches.ipynb #batches-011
+# %% ../../nbs/training/40_batches.ipynb #batches-034
 def prediction(output: Any) -> Any:
     """Return the part of a model's output that scores are computed from."""
     if isinstance(output, Mapping):
         if "out" not in output:
             raise ValueError(
-                f"The model returned a dictionary with {sorted(map(str, output))}, but none of it is called 'out'. "
+                f"The model returned a dictionary with {sorted(map(str, output))}, but none of it "
+                "is called 'out'. "
                 "Name the prediction 'out', or pass metrics={} to score nothing."
             )
         return output["out"]
     return output[0] if isinstance(output, (tuple, list)) else output
 
-# %% ../../nbs/training/40_batches.ipynb #batches-014
+# %% ../../nbs/training/40_batches.ipynb #batches-035
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 LOGIT_LOSSES = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
 ELEMENT_LOSSES = (
@@ -139,7 +138,8 @@ def loss_facts(loss_fn: Any) -> LossFacts:
     reduction = options.get("reduction", getattr(core, "reduction", "mean"))
     if reduction in ("sum", "none"):
         raise ValueError(
-            f"loss_fn {name} has reduction={reduction!r}, but batches of unequal size can only be combined "
+            f"loss_fn {name} has reduction={reduction!r}, but batches of unequal size can only be "
+            "combined "
             "from their means. Pass reduction='mean'."
         )
     ignored = options.get("ignore_index", getattr(core, "ignore_index", default_ignore))
@@ -250,7 +250,7 @@ def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
             hint = " Add the channel: mask.unsqueeze(1)."
         raise ValueError(f"{facts.name} compares element by element, but {got}.{hint}")
 
-# %% ../../nbs/training/40_batches.ipynb #batches-025
+# %% ../../nbs/training/40_batches.ipynb #batches-036
 def check_labels(target: Any, num_classes: int, ignore_index: int | None) -> None:
     """Raise a `ValueError` that names the labels of a host tensor that are no class."""
     if not _is_on_host(target) or target.is_floating_point():
@@ -271,7 +271,8 @@ def check_labels(target: Any, num_classes: int, ignore_index: int | None) -> Non
             else ""
         )
         raise ValueError(
-            f"The target has labels outside the model's {num_classes} classes 0..{num_classes - 1}: "
+            f"The target has labels outside the model's {num_classes} classes "
+            f"0..{num_classes - 1}: "
             f"{found}{more}; ignore_index is {ignore_index}.{hint}"
         )
 
@@ -288,10 +289,10 @@ def widen(target: Any, output: Any, facts: LossFacts) -> Any:
         else target
     )
 
-# %% ../../nbs/training/40_batches.ipynb #batches-031
+# %% ../../nbs/training/40_batches.ipynb #batches-014
 @dataclass
 class MicroBatch:
-    """A batch on its way through a step: what the loader gave, its weight, and its share of the window."""
+    """A batch on its way through a step: what the loader gave, its weight, its share."""
 
     raw: Any
     inputs: Any

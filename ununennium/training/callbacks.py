@@ -21,9 +21,9 @@ from .state import warn
 __all__ = ['HOOKS', 'MORE_IS_BETTER', 'LESS_IS_BETTER', 'Callback', 'Hooks', 'direction_of', 'Monitor', 'EarlyStopping',
            'CheckpointCallback', 'epoch_line', 'TextProgress', 'BarProgress', 'progress_display']
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-006
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-009
 class Callback:
-    """Base class with all hooks, each doing nothing. Any object with some of these methods will do."""
+    """Base class with all hooks, each doing nothing. Any object with some of them will do."""
 
     is_display = False  # a display that fails is switched off, and training goes on
 
@@ -54,7 +54,7 @@ class Callback:
 
 HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-038
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-014
 class Hooks:
     """Calls the hooks of several callbacks, in their order.
 
@@ -74,7 +74,7 @@ class Hooks:
         }
 
     def tell(self, hook: str, *details: Any, to_all: bool = False) -> None:
-        """Call a hook of every callback that has it; with `to_all`, also after one of them raised."""
+        """Call a hook of every callback that has it; with `to_all`, also after one raised."""
         errors: list[Exception] = []
         for callback in self.listeners[hook]:
             try:
@@ -102,11 +102,14 @@ def _has_hook(callback: Any, hook: str) -> bool:
     method = getattr(callback, hook, None)
     return method is not None and getattr(method, "__func__", None) is not getattr(Callback, hook)
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-009
-MORE_IS_BETTER = frozenset(
-    "iou miou jaccard accuracy acc oa f1 fbeta dice kappa auc auroc ap map precision recall r2 psnr ssim mcc".split()
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-016
+MORE_IS_BETTER = frozenset({
+    "iou", "miou", "jaccard", "accuracy", "acc", "oa", "f1", "fbeta", "dice", "kappa", "auc",
+    "auroc", "ap", "map", "precision", "recall", "r2", "psnr", "ssim", "mcc",
+})  # fmt: skip
+LESS_IS_BETTER = frozenset(
+    ["loss", "error", "err", "mae", "mse", "rmse", "mape", "bias", "perplexity", "distance"]
 )
-LESS_IS_BETTER = frozenset("loss error err mae mse rmse mape bias perplexity distance".split())
 
 
 def direction_of(name: str) -> str | None:
@@ -115,7 +118,7 @@ def direction_of(name: str) -> str | None:
     more, less = bool(words & MORE_IS_BETTER), bool(words & LESS_IS_BETTER)
     return None if more == less else "max" if more else "min"
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-039
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-020
 class Monitor:
     """Reads one score and knows which of two values is better.
 
@@ -145,7 +148,8 @@ class Monitor:
         if known and self.mode not in ("auto", known):
             way = "larger" if known == "max" else "smaller"
             raise ValueError(
-                f"{self.owner}(monitor={self.name!r}, mode={self.mode!r}) would keep the worst model: "
+                f"{self.owner}(monitor={self.name!r}, mode={self.mode!r}) would keep the worst "
+                "model: "
                 f"{self.name} is better when it is {way}. Pass mode={known!r}."
             )
 
@@ -171,7 +175,8 @@ class Monitor:
         if self.mode == "auto":
             if known is None:
                 raise ValueError(
-                    f"{self.owner} cannot tell whether {self.name!r} is better when larger or smaller. "
+                    f"{self.owner} cannot tell whether {self.name!r} is better when larger or "
+                    "smaller. "
                     "Pass mode='max' or mode='min'."
                 )
             self.mode = known
@@ -259,7 +264,7 @@ class EarlyStopping(Callback):
             state["waited"],
         )
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-041
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-012
 class CheckpointCallback(Callback):
     """Keep the last and the best models in a folder.
 
@@ -270,8 +275,8 @@ class CheckpointCallback(Callback):
     monitor
         The score by which models are compared.
     mode
-        `"min"`, `"max"`, or `"auto"`: as the metric says itself, else by well-known names. The direction
-        that keeps the worst model of a well-known score is refused.
+        `"min"`, `"max"`, or `"auto"`: as the metric says itself, else by well-known names. The
+        direction that keeps the worst model of a well-known score is refused.
     save_top_k
         How many of the best to keep: 0 keeps only `last.pt`, -1 keeps all.
     """
@@ -327,7 +332,7 @@ class CheckpointCallback(Callback):
         self.monitor.read(logs, trainer.directions)
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        """Write `last.pt`; keep a copy if it is among the best; then delete the one it displaced."""
+        """Write `last.pt`, keep a copy if it is among the best, delete the one it displaced."""
         score, before = logs[self.monitor.name], (self.kept, self.owns_last)
         last, kept = self.dirpath / "last.pt", list(self.kept)
         place = self._place(score)
@@ -422,7 +427,7 @@ class TextProgress(Callback):
             )
             self._write(f"stopped{where}: {trainer.stop_reason}")
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-029
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-027
 class BarProgress(TextProgress):
     """A tqdm bar over the batches of each epoch, for terminals; its loss is read twice a second."""
 
@@ -435,29 +440,30 @@ class BarProgress(TextProgress):
 
         tqdm.write(line, file=sys.stdout)
 
-    def on_epoch_start(self, trainer: Any, epoch: int) -> None:
-        """Open a bar."""
+    def _open(self, trainer: Any) -> Any:
         from tqdm import tqdm
 
-        try:
-            total = len(trainer.train_loader)
-        except TypeError:
-            total = None
+        total = len(trainer.train_loader) if hasattr(trainer.train_loader, "__len__") else None
+        title = f"epoch {trainer.epoch + 1}/{trainer.goal}"
         self.bar = tqdm(
-            total=total, desc=f"epoch {epoch + 1}/{trainer.goal}", leave=False, dynamic_ncols=True
+            total=total, initial=trainer.batch, desc=title, leave=False, dynamic_ncols=True
         )
+        return self.bar
+
+    def on_epoch_start(self, trainer: Any, epoch: int) -> None:
+        """Open a bar."""
+        self._open(trainer)
 
     def on_batch_end(self, trainer: Any, batch: Any, logs: dict[str, Any]) -> None:
         """Advance; show the loss at the display's pace, not the loop's."""
-        if self.bar is None:  # a paused epoch goes on
-            self.on_epoch_start(trainer, trainer.epoch)
+        bar = self.bar or self._open(trainer)  # there is none yet when a paused epoch goes on
         now = time.monotonic()
         if now - self.last_read > 0.5 and "train_loss" in logs:
             self.last_read = now
-            self.bar.set_postfix(loss=f"{float(logs['train_loss']):.4g}", refresh=False)
-        self.bar.update()
-        if self.bar.total == self.bar.n and trainer.val_loader is not None:
-            self.bar.set_description(f"epoch {trainer.epoch + 1}/{trainer.goal} validating")
+            bar.set_postfix(loss=f"{float(logs['train_loss']):.4g}", refresh=False)
+        bar.update()
+        if bar.total == bar.n and trainer.val_loader is not None:
+            bar.set_description(f"epoch {trainer.epoch + 1}/{trainer.goal} validating")
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         """Replace the bar by the epoch's line."""

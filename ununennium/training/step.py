@@ -22,7 +22,7 @@ from .state import warn
 __all__ = ['CULPRITS', 'ADVICE', 'resolve_device', 'Precision', 'BufferGuard', 'gradient_norm', 'OptimizerStep', 'probe',
            'TrainingDiverged', 'SkipLog']
 
-# %% ../../nbs/training/45_step.ipynb #step-027
+# %% ../../nbs/training/45_step.ipynb #step-001
 def resolve_device(name: str | torch.device) -> torch.device:
     """Return the device that a `TrainerConfig.device` stands for on this machine."""
     if name == "auto":
@@ -46,7 +46,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise ValueError(
-                f"device='cuda:{index}', but there are {torch.cuda.device_count()} GPUs, counted from 0."
+                f"device='cuda:{index}', but there are {torch.cuda.device_count()} GPUs, counted "
+                "from 0."
             )
         return torch.device("cuda", index)
     return device
@@ -74,7 +75,7 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-# %% ../../nbs/training/45_step.ipynb #step-011
+# %% ../../nbs/training/45_step.ipynb #step-014
 class BufferGuard:
     """Keeps a model's buffers, to put them back after a step that was not taken."""
 
@@ -86,13 +87,13 @@ class BufferGuard:
     def keep(self) -> None:
         """Remember the buffers as they are."""
         if self.buffers:
-            torch._foreach_copy_(self.kept, self.buffers)
+            torch._foreach_copy_(self.kept, self.buffers)  # pyright: ignore
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put them back."""
         if self.buffers:
-            torch._foreach_copy_(self.buffers, self.kept)
+            torch._foreach_copy_(self.buffers, self.kept)  # pyright: ignore
 
     @torch.no_grad()
     def restore_unless(self, taken: Tensor) -> None:
@@ -100,10 +101,10 @@ class BufferGuard:
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(torch.where(taken, buffer, kept))
 
-# %% ../../nbs/training/45_step.ipynb #step-024
+# %% ../../nbs/training/45_step.ipynb #step-018
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """Return the 2-norm of all gradients together, a scalar tensor."""
-    norms = torch._foreach_norm(gradients)
+    norms = torch._foreach_norm(gradients)  # pyright: ignore
     return torch.linalg.vector_norm(
         torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
     )
@@ -147,8 +148,10 @@ class OptimizerStep:
         """Add the gradient of `share` times the loss."""
         if not loss.requires_grad:
             raise ValueError(
-                "The loss does not depend on the model's parameters: it has no gradient. Look for detach(), argmax, "
-                "numpy or no_grad between the model and the loss, or for a model whose parameters are all frozen."
+                "The loss does not depend on the model's parameters: it has no gradient. Look "
+                "for detach(), argmax, "
+                "numpy or no_grad between the model and the loss, or for a model whose "
+                "parameters are all frozen."
             )
         if isinstance(share, Tensor) or share != 1.0:
             loss = loss * share
@@ -167,13 +170,14 @@ class OptimizerStep:
         gradients = [p.grad for p in self.trained if p.grad is not None]
         if not gradients:
             raise ValueError(
-                "None of the optimizer's parameters got a gradient. Build the optimizer from the parameters of "
+                "None of the optimizer's parameters got a gradient. Build the optimizer from the "
+                "parameters of "
                 "the model that is trained, after layers were replaced or frozen."
             )
         self.precision.scaler.unscale_(self.optimizer)
         norm = gradient_norm(gradients)
         if self.clip:
-            torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore
         taken = self._step_on_device(norm) if self.skips_on_device else self._step_if_finite(norm)
         if self.precision.scaler.is_enabled():
             self.precision.scaler.update()
@@ -206,9 +210,9 @@ class OptimizerStep:
         self.guard.restore()
         self.clear()
 
-# %% ../../nbs/training/45_step.ipynb #step-018
+# %% ../../nbs/training/45_step.ipynb #step-003
 def probe(value: Any) -> Tensor | None:
-    """Return a scalar tensor that is finite if every number in `value` is; None if there is none."""
+    """Return a scalar tensor, finite if every number in `value` is; None if there is none."""
     if isinstance(value, Tensor):
         if not (value.is_floating_point() or value.is_complex()):
             return None
@@ -224,7 +228,7 @@ def probe(value: Any) -> Tensor | None:
     found = [part for item in items if (part := probe(item)) is not None]
     return torch.stack([part.float() for part in found]).sum() if found else None
 
-# %% ../../nbs/training/45_step.ipynb #step-028
+# %% ../../nbs/training/45_step.ipynb #step-004
 class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a gradient that was not finite."""
 
@@ -233,7 +237,7 @@ CULPRITS = ("input", "target", "output", "loss")
 
 
 class SkipLog:
-    """Counts steps that were not taken, and says which batch was the first and what was wrong with it.
+    """Counts steps that were not taken; knows the first one's batch and what was wrong with it.
 
     Parameters
     ----------
@@ -290,7 +294,7 @@ class SkipLog:
         )
 
     def read(self) -> tuple[int, tuple[int, str] | None]:
-        """Return how many steps the epoch skipped, and the first: its batch and what was not finite."""
+        """Return how many steps were skipped, and the first: its batch, what was not finite."""
         if self.first_on_device is not None:
             number, *finite = self.first_on_device.tolist()
             if number >= 0:
@@ -302,13 +306,14 @@ class SkipLog:
         return int(self.count), self.first
 
     def uncounted(self) -> int:
-        """Return how many skips of this epoch only the device knows of; reading them waits for it."""
+        """Return how many skips only the device knows of; reading them waits for it."""
         return int(self.count) if isinstance(self.count, Tensor) else 0
 
     def close_epoch(self, epoch: int, scaled: bool = False) -> int:
         """Return how many steps the epoch skipped, after a warning that says which and why.
 
-        With a scaled loss (`scaled`), gradients that overflow are how the scale is found, and no reason to warn.
+        With a scaled loss (`scaled`), gradients that overflow are how the scale is found, and no
+        reason to warn.
         """
         self.raise_if_stuck(epoch)
         count, first = self.read()
@@ -316,7 +321,8 @@ class SkipLog:
         if first and not (scaled and first[1] == "gradient"):
             steps = "1 step was" if count == 1 else f"{count} steps were"
             warn(
-                f"Epoch {epoch + 1}: {steps} skipped because the gradient was not finite, the first at batch index "
+                f"Epoch {epoch + 1}: {steps} skipped because the gradient was not finite, the "
+                "first at batch index "
                 f"{first[0]}, where the {first[1]} was not finite. {ADVICE[first[1]]}"
             )
         return count
@@ -329,8 +335,10 @@ class SkipLog:
         number, culprit = first or (0, "gradient")
         self.in_a_row = self.longest = 0  # a later fit starts with a clean count
         raise TrainingDiverged(
-            f"{self.limit} steps in a row were skipped because their gradient was not finite, in epoch "
-            f"{epoch + 1} from batch index {number} on, where the {culprit} was the first thing not finite. The parameters are as "
+            f"{self.limit} steps in a row were skipped because their gradient was not finite, in "
+            "epoch "
+            f"{epoch + 1} from batch index {number} on, where the {culprit} was the first thing "
+            "not finite. The parameters are as "
             f"they were before. {ADVICE[culprit]}"
         )
 
@@ -338,9 +346,11 @@ class SkipLog:
 ADVICE = {
     "input": "Look for NaN or infinity in the images, such as unmasked nodata.",
     "target": "Look for NaN in the targets; MaskedLoss leaves them out.",
-    "output": "The model overflows: lower the learning rate, normalise the input, or try amp_dtype='bfloat16'.",
+    "output": "The model overflows: lower the learning rate, normalise the input, or try "
+    "amp_dtype='bfloat16'.",
     "loss": "The loss overflows on finite outputs: look for log(0) or a division by zero in it.",
-    "gradient": "The backward pass overflows: lower the learning rate, or try amp_dtype='bfloat16'.",
+    "gradient": "The backward pass overflows: lower the learning rate, or try "
+    "amp_dtype='bfloat16'.",
 }
 
 

@@ -59,7 +59,7 @@ __all__ = ['EMPTY_HINT', 'TrainerConfig', 'modes_restored', 'interrupt_noted', '
            'agreed_ignore_index', 'Evaluator', 'OpenEpoch', 'check_parts', 'check_loader', 'Run', 'run_state_dict',
            'load_run_state', 'copy_to_host', 'restore_random_state', 'Trainer']
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-016
+# %% ../../nbs/training/50_trainer.ipynb #trainer-022
 @dataclass
 class TrainerConfig:
     """Settings of a `Trainer`.
@@ -69,8 +69,8 @@ class TrainerConfig:
     epochs
         Training length that `fit()` without an argument works up to.
     device
-        `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"`, or `"auto"`. Without a GPU, `"cuda"` means the CPU, with a
-        warning, and `"auto"` without one.
+        `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"`, or `"auto"`. Without a GPU, `"cuda"` means the CPU,
+        with a warning, and `"auto"` without one.
     mixed_precision
         Autocast on CUDA. On other devices everything is computed in full precision.
     accumulation_steps
@@ -80,7 +80,8 @@ class TrainerConfig:
     amp_dtype
         `"float16"`, with a scaled loss, or `"bfloat16"`.
     scheduler_interval
-        `"epoch"`, `"step"` (after every optimizer step), or `"auto"`: a step for OneCycleLR and CyclicLR.
+        `"epoch"`, `"step"` (after every optimizer step), or `"auto"`: by step for OneCycleLR and
+        CyclicLR, by epoch for the others.
     scheduler_monitor
         The score for ReduceLROnPlateau; `val_loss` if None, or `train_loss` without validation.
     ignore_index
@@ -170,7 +171,7 @@ def interrupt_noted(note: Callable[[], None]) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-003
+# %% ../../nbs/training/50_trainer.ipynb #trainer-006
 class Schedule:
     """A learning-rate scheduler and when to step it.
 
@@ -194,7 +195,8 @@ class Schedule:
         if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
             if interval == "step":
                 raise ValueError(
-                    "ReduceLROnPlateau needs a score, and scores come once an epoch: drop scheduler_interval='step'."
+                    "ReduceLROnPlateau needs a score, and scores come once an epoch: drop "
+                    "scheduler_interval='step'."
                 )
             return "plateau"
         if interval != "auto":
@@ -218,7 +220,8 @@ class Schedule:
             )
             if name not in scores:
                 raise ValueError(
-                    f"scheduler_monitor={name!r} is not among the scores: {', '.join(sorted(scores))}."
+                    f"scheduler_monitor={name!r} is not among the scores: "
+                    f"{', '.join(sorted(scores))}."
                 )
             self.scheduler.step(scores[name])
 
@@ -235,8 +238,10 @@ class Schedule:
         left = total - self.scheduler.last_epoch
         if steps > left:
             raise ValueError(
-                f"The scheduler {type(self.scheduler).__name__} was built for {total} steps and has {left} left, but "
-                f"this fit makes up to {steps} of them. Build it with total_steps={total + steps - left}."
+                f"The scheduler {type(self.scheduler).__name__} was built for {total} steps and "
+                f"has {left} left, but "
+                f"this fit makes up to {steps} of them. Build it with "
+                f"total_steps={total + steps - left}."
             )
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-046
@@ -268,13 +273,14 @@ def default_metrics(
         return none
     return MetricSet({"": ConfusionMatrix(classes, ignore_index, class_names)})
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-047
+# %% ../../nbs/training/50_trainer.ipynb #trainer-003
 def named_losses(loss: Any, name: str) -> dict[str, Tensor]:
     """Return a loss function's result as a dictionary of scalars with `loss` first."""
     parts = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
     if "loss" not in parts:
         raise ValueError(
-            f"loss_fn {name} returned {sorted(parts)}, but the part to minimise must be called 'loss'."
+            f"loss_fn {name} returned {sorted(parts)}, but the part to minimise must be called "
+            "'loss'."
         )
     for key, value in parts.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -282,14 +288,16 @@ def named_losses(loss: Any, name: str) -> dict[str, Tensor]:
                 f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             )
             raise ValueError(
-                f"loss_fn {name} must return one number, a scalar tensor; {key!r} is of {got}. Take the mean."
+                f"loss_fn {name} must return one number, a scalar tensor; {key!r} is of {got}. "
+                "Take the mean."
             )
         parts[key] = value.reshape(())
     return {"loss": parts.pop("loss"), **parts}
 
 
 EMPTY_HINT = (
-    "A data set smaller than the batch with drop_last=True gives none, and neither does a generator that was "
+    "A data set smaller than the batch with drop_last=True gives none, and neither does a "
+    "generator that was "
     "read before. Pass a DataLoader or a list with at least one batch."
 )
 
@@ -310,7 +318,8 @@ def agreed_ignore_index(asked: int | str | None, facts: LossFacts) -> int | None
             else f"MaskedLoss(..., ignore_index={asked})"
         )
         raise ValueError(
-            f"TrainerConfig(ignore_index={asked}), but {facts.name} ignores {facts.ignore_index}: it would learn "
+            f"TrainerConfig(ignore_index={asked}), but {facts.name} ignores {facts.ignore_index}: "
+            "it would learn "
             f"from pixels that no score counts. Pass loss_fn={cure}."
         )
     return asked
@@ -328,7 +337,9 @@ class Evaluator:
         self.precision = Precision(self.device, getattr(torch, config.amp_dtype) if mixed else None)
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         self.model = model if wrapped else model.to(self.device)
-        self.loss_fn = loss_fn.to(self.device) if isinstance(loss_fn, nn.Module) else loss_fn
+        if isinstance(loss_fn, nn.Module):
+            loss_fn.to(self.device)  # its class weights
+        self.loss_fn = loss_fn
         self.facts = loss_facts(self.loss_fn)
         self.ignore_index = agreed_ignore_index(config.ignore_index, self.facts)
         self.metrics = None if metrics is None else MetricSet(metrics, config.class_names)
@@ -345,7 +356,7 @@ class Evaluator:
         return self.model(inputs)
 
     def batch_weight(self, target: Any) -> float | Tensor:
-        """Return what the mean loss of a batch is divided by. Override it for losses of another kind."""
+        """Return what a batch's mean loss is divided by. Override it for losses of another kind."""
         return batch_weight(target, self.loss_fn, self.facts, self.ignore_index)
 
     def _prepare(self, raw: Any, number: int) -> MicroBatch:
@@ -372,7 +383,8 @@ class Evaluator:
         elif self.facts.wants_logits:
             check_labels(target, 2, self.ignore_index)
 
-    @torch.no_grad()  # not inference_mode: tensors that a model caches in it could never be trained with
+    # Not inference_mode: a tensor that a model caches in it could never be trained with.
+    @torch.no_grad()
     def _evaluate(
         self, loader: Any, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
@@ -440,7 +452,7 @@ class OpenEpoch:
                 mean = self.means.setdefault(name, WeightedMean())
                 mean.update(value, batch.weight * taken)
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-053
+# %% ../../nbs/training/50_trainer.ipynb #trainer-035
 def check_parts(
     model: Any, optimizer: Any, loss_fn: Any, train_loader: Any, val_loader: Any, scheduler: Any
 ) -> None:
@@ -451,7 +463,8 @@ def check_parts(
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer.")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
-            "LBFGS evaluates the loss several times a step, which this loop does not. Pass AdamW or SGD."
+            "LBFGS evaluates the loss several times a step, which this loop does not. Pass AdamW "
+            "or SGD."
         )
     if not callable(loss_fn):
         raise TypeError(
@@ -463,7 +476,8 @@ def check_parts(
     mine = {id(parameter) for parameter in model.parameters()}
     if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
-            "optimizer holds none of the model's parameters, so nothing would be learned. Build it from "
+            "optimizer holds none of the model's parameters, so nothing would be learned. Build "
+            "it from "
             "model.parameters() after the model is complete."
         )
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
@@ -473,7 +487,8 @@ def check_parts(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
         raise NotImplementedError(
-            "This version trains in one process; over several, gradients of unequal batches and scores would "
+            "This version trains in one process; over several, gradients of unequal batches and "
+            "scores would "
             "be wrong. Start it without torchrun."
         )
 
@@ -482,13 +497,14 @@ def check_loader(name: str, loader: Any) -> None:
     """Raise in plain words if a loader cannot give batches."""
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise TypeError(
-            f"{name} is a {type(loader).__name__}, which gives no batches. Pass a DataLoader or a list."
+            f"{name} is a {type(loader).__name__}, which gives no batches. Pass a DataLoader or a "
+            "list."
         )
     with contextlib.suppress(TypeError):  # an iterable data set has no length
         if len(loader) == 0:
             raise ValueError(f"{name} is empty: its length is 0. {EMPTY_HINT}")
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-054
+# %% ../../nbs/training/50_trainer.ipynb #trainer-016
 class Run(Evaluator):
     """The parts of a training run, its facts and its files. `Trainer` adds the loop."""
 
@@ -573,7 +589,8 @@ class Run(Evaluator):
     def load_checkpoint(self, path: str | Path) -> None:
         """Go on from a file: state from the file, settings from this trainer.
 
-        A file that is damaged or does not fit raises a `CheckpointError`, and the trainer stays as it was.
+        A file that is damaged or does not fit raises a `CheckpointError`, and the trainer stays as
+        it was.
 
         Parameters
         ----------
@@ -581,15 +598,17 @@ class Run(Evaluator):
             What `save_checkpoint` wrote.
         """
         saved = load_file(path)
-        check_tensors(saved["model"], unwrap(self.model).state_dict())
+        check_tensors(saved["model"], unwrap(self.model).state_dict(), path)
         before = copy_to_host(run_state_dict(self))
         try:
             load_run_state(self, saved)
         except Exception as error:
             load_run_state(self, before)
             raise CheckpointError(
-                f"{path} does not fit this trainer ({type(error).__name__}: {error}). The trainer is as it "
-                "was. Build it with the model, optimizer and scheduler of the run that wrote the file."
+                f"{path} does not fit this trainer ({type(error).__name__}: {error}). The trainer "
+                "is as it "
+                "was. Build it with the model, optimizer and scheduler of the run that wrote the "
+                "file."
             ) from error
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-017
@@ -630,8 +649,8 @@ def load_run_state(run: Run, saved: dict[str, Any]) -> None:
     run._open, run._random = None, saved["random"]
     if saved["progress"]["batch"]:
         warn(
-            f"The file was written after {saved['progress']['batch']} batches of epoch {run.epoch + 1}. The model has "
-            "learned from them, and the epoch begins anew."
+            f"The file was written after batch {saved['progress']['batch']} of epoch {run.epoch + 1}. The "
+            "model has learned from these batches, and the epoch begins anew."
         )
 
 
@@ -645,7 +664,7 @@ def copy_to_host(value: Any) -> Any:
 
 
 def restore_random_state(run: Run) -> None:
-    """Put a loaded file's random states in place; or seed a run that begins, if it is to be seeded."""
+    """Put a loaded file's random states in place, or seed a run that begins."""
     if run._random is not None:
         set_random_state(run._random["global"])
         for generator, state in zip(
@@ -656,7 +675,7 @@ def restore_random_state(run: Run) -> None:
     elif run.config.seed is not None and run.epoch == run.global_step == 0:
         torch.manual_seed(run.config.seed)
         random.seed(run.config.seed)
-        np.random.seed(run.config.seed)  # noqa: NPY002
+        np.random.seed(run.config.seed)
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-019
 class Trainer(Run):
@@ -665,15 +684,15 @@ class Trainer(Run):
     Parameters
     ----------
     model
-        Any module. Input `(N, ...)`; to be scored it returns `(N, C, ...)`, a dictionary with `out`, or a
-        tuple whose first is the prediction.
+        Any module. Input `(N, ...)`; to be scored it returns `(N, C, ...)`, a dictionary with
+        `out`, or a tuple whose first is the prediction.
     optimizer
         Built from the model's parameters.
     loss_fn
         Called as `loss_fn(output, target)`; returns a mean, or a dictionary of means with `loss`.
     train_loader, val_loader
-        Iterables of batches: `(inputs, target)`, dictionaries with `image` and `mask` or `label`, or
-        objects with `.images` and `.labels`.
+        Iterables of batches: `(inputs, target)`, dictionaries with `image` and `mask` or `label`,
+        or objects with `.images` and `.labels`.
     scheduler
         A learning-rate scheduler of this optimizer.
     callbacks
@@ -681,8 +700,8 @@ class Trainer(Run):
     config
         Settings; the defaults of `TrainerConfig` if None.
     metrics
-        Metrics by name, each with `update`, `compute` and `reset`. None scores labels by a confusion
-        matrix; `{}` scores nothing.
+        Metrics by name, each with `update`, `compute` and `reset`. None scores labels by a
+        confusion matrix; `{}` scores nothing.
     """
 
     def fit(self, epochs: int | None = None) -> dict[str, list[float]]:
@@ -691,8 +710,8 @@ class Trainer(Run):
         Parameters
         ----------
         epochs
-            How many more epochs; None works up to `config.epochs` in total. An epoch that was left in
-            the middle is finished first, as one of them.
+            How many more epochs; None works up to `config.epochs` in total. An epoch that was left
+            in the middle is finished first, as one of them.
         """
         goal = self._goal(epochs)
         if goal > self.epoch:
@@ -777,7 +796,8 @@ class Trainer(Run):
         loader = self.val_loader if loader is None else loader
         if loader is None:
             raise ValueError(
-                "There is nothing to validate on: pass a loader, or build the trainer with val_loader."
+                "There is nothing to validate on: pass a loader, or build the trainer with "
+                "val_loader."
             )
         return self._evaluate(loader) or {}
 
@@ -786,7 +806,8 @@ class Trainer(Run):
         if epochs is None:
             if self.epoch >= self.config.epochs:
                 warn(
-                    f"All {self.config.epochs} epochs of config.epochs are done: nothing was trained. "
+                    f"All {self.config.epochs} epochs of config.epochs are done: nothing was "
+                    "trained. "
                     "fit(5) would train 5 more."
                 )
             return self.config.epochs
@@ -831,12 +852,14 @@ class Trainer(Run):
     def _open_epoch(self) -> OpenEpoch:
         """Begin an epoch: random states, the sampler's epoch, the loader."""
         restore_random_state(self)
-        for sampler in (
-            self.train_loader,
-            *(getattr(self.train_loader, name, None) for name in ("sampler", "batch_sampler")),
+        loader = self.train_loader
+        for part in (
+            loader,
+            getattr(loader, "sampler", None),
+            getattr(loader, "batch_sampler", None),
         ):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(self.epoch)
+            if set_epoch := getattr(part, "set_epoch", None):
+                set_epoch(self.epoch)
         self._skips.open_epoch()
         self._tell("on_epoch_start", self.epoch)
         self._open = OpenEpoch(

@@ -1,0 +1,305 @@
+"""Rules 12-15, 19 and, at the end of an epoch, 18: monitors, checkpoints, going on."""
+
+import itertools
+import math
+import os
+import warnings
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from conftest import make_batches, make_trainer, same_history, same_state, small_net
+from ununennium import CheckpointCallback, CheckpointError, EarlyStopping
+from ununennium.training import checkpoint
+
+SCHEDULERS = {
+    "none": None,
+    "step": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.3),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=36),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 4)], [2]
+    ),
+}
+
+
+def run(scheduler, own_generator, callbacks=()):
+    generator = torch.Generator().manual_seed(3) if own_generator else None
+    loader = torch.utils.data.DataLoader(
+        make_batches(6), batch_size=None, shuffle=True, generator=generator
+    )
+    return make_trainer(
+        loader, make_batches(2, seed=1), scheduler=scheduler, callbacks=callbacks,
+        model=torch.nn.Sequential(torch.nn.Dropout(0.2), small_net()), seed=5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_a_new_trainer_goes_on_bitwise(tmp_path, name, own_generator):
+    straight = run(SCHEDULERS[name], own_generator)
+    straight.fit(6)
+    first = run(SCHEDULERS[name], own_generator)
+    first.fit(2)
+    path = first.save_checkpoint(tmp_path / "two.pt")
+    torch.manual_seed(99)
+    second = run(SCHEDULERS[name], own_generator)
+    second.load_checkpoint(path)
+    torch.rand(17)  # somebody draws a figure in between
+    second.fit(4)
+    assert same_state(straight, second) and same_history(straight.history, second.history)
+
+
+def test_callbacks_remember(tmp_path):
+    def callbacks():
+        return [
+            EarlyStopping("val_loss", patience=3),
+            CheckpointCallback(tmp_path / "run", save_top_k=2),
+        ]
+
+    first = run(None, False, callbacks())
+    first.fit(3)
+    second = run(None, False, callbacks())
+    second.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert second.callbacks[0].state_dict() == first.callbacks[0].state_dict()
+    assert second.callbacks[1].kept == first.callbacks[1].kept and len(first.callbacks[1].kept) == 2
+    second.fit(3)
+    files = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert len(files) == 3 and "last.pt" in files
+
+
+def test_settings_come_from_the_caller(tmp_path):
+    first = make_trainer(scheduler=SCHEDULERS["step"], callbacks=[EarlyStopping("train_loss", 9)])
+    first.fit(2)  # the rate is now 0.3 of 0.02
+    path = first.save_checkpoint(tmp_path / "a.pt")
+    second = make_trainer(
+        scheduler=lambda o: lr_scheduler.StepLR(o, 7, gamma=0.3),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.5),
+        callbacks=[EarlyStopping("train_loss", 4)],
+    )
+    second.load_checkpoint(path)
+    group = second.optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(0.003) and group["weight_decay"] == 0.5
+    assert second.schedule.scheduler.step_size == 7 and second.schedule.scheduler.last_epoch == 2
+    assert second.callbacks[0].patience == 4 and second.callbacks[0].best is not None
+
+
+def test_files_hold_bare_names_and_load_into_wrapped_models(tmp_path):
+    plain = make_trainer()
+    wrapped = make_trainer(model=torch.nn.DataParallel(small_net()))
+    compiled = make_trainer(model=torch.compile(small_net(), backend="eager"))
+    for index, (one, other) in enumerate(itertools.permutations([plain, wrapped, compiled], 2)):
+        one.fit(1)
+        path = one.save_checkpoint(tmp_path / f"{index}.pt")
+        names = torch.load(path, weights_only=True)["model"]
+        assert set(names) == set(small_net().state_dict())
+        other.load_checkpoint(path)
+        for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def damaged(path, how):
+    content = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "flipped":
+        place = content.index(state["model"]["0.weight"].numpy().tobytes())
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    elif how == "foreign":
+        torch.save({"state_dict": state["model"]}, path)
+    elif how == "other model":
+        torch.save(state | {"model": small_net(classes=5).state_dict()}, path)
+    elif how == "other optimizer":
+        state["optimizer"]["param_groups"].append(state["optimizer"]["param_groups"][0])
+        torch.save(state, path)
+    elif how == "other shapes":
+        for entry in state["optimizer"]["state"].values():
+            entry["exp_avg"] = torch.zeros(3)
+        torch.save(state, path)
+    elif how == "missing field":
+        del state["progress"]
+        torch.save(state, path)
+    elif how == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["truncated", "empty", "flipped", "foreign", "other model", "other optimizer", "other shapes",
+     "missing field", "missing"],
+)  # fmt: skip
+def test_a_bad_file_is_refused_and_changes_nothing(tmp_path, how):
+    other = make_trainer(model=small_net(seed=8), scheduler=SCHEDULERS["step"])
+    other.fit(3)
+    path = other.save_checkpoint(tmp_path / "a.pt")
+    damaged(path, how)
+    trainer, twin = (make_trainer(scheduler=SCHEDULERS["step"]) for _ in range(2))
+    trainer.fit(1)
+    twin.fit(1)
+    with pytest.raises(CheckpointError, match=r"a\.pt") as caught:
+        trainer.load_checkpoint(path)
+    assert len(str(caught.value)) < 700
+    assert same_state(trainer, twin) and trainer.history == twin.history
+    trainer.fit(2)
+    twin.fit(2)
+    assert same_state(trainer, twin)
+
+
+def test_a_load_replaces_an_open_epoch(tmp_path):
+    trainer = make_trainer()
+    trainer.fit(1)
+    path = trainer.save_checkpoint(tmp_path / "a.pt")
+    trainer.callbacks.append(
+        type("S", (), {"on_batch_end": lambda s, t, b, logs: t.request_stop("x")})()
+    )
+    trainer.fit(1)
+    assert trainer.batch == 1
+    half = trainer.save_checkpoint(tmp_path / "half.pt")
+    with pytest.warns(UserWarning, match=r"after batch 1 of epoch 2\..* begins anew"):
+        trainer.load_checkpoint(half)
+    trainer.load_checkpoint(path)
+    assert trainer.batch == 0 and trainer.epoch == 1
+
+
+# Where files are kept.
+
+
+class Scores:
+    """Runs a CheckpointCallback over given scores, without training."""
+
+    def __init__(self, callback, scores, name="val_IoU"):
+        self.epoch = self.global_step = 0
+        self.val_loader, self.directions = (), {}
+        self.callback = callback
+        callback.on_train_start(self)
+        for epoch, score in enumerate(scores):
+            callback.on_scores(self, epoch, {name: score})
+            callback.on_epoch_end(self, epoch, {name: score})
+
+    def save_checkpoint(self, path):
+        return checkpoint.save_file({"model": {}, "of": self.callback.state_dict()}, path)
+
+
+def kept(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("top_k", "scores", "expected"),
+    [
+        (1, [0.2, 0.5, 0.4], ["epoch=002-val_IoU=0.5000.pt"]),
+        (1, [0.0, 0.0], ["epoch=001-val_IoU=0.0000.pt"]),
+        (1, [math.nan, math.nan], []),
+        (2, [0.1, math.nan, 0.3, 0.2], ["epoch=003-val_IoU=0.3000.pt",
+                                        "epoch=004-val_IoU=0.2000.pt"]),
+        (0, [0.1, 0.2], []),
+        (-1, [0.1, math.nan, 0.1], ["epoch=001-val_IoU=0.1000.pt", "epoch=002-val_IoU=nan.pt",
+                                    "epoch=003-val_IoU=0.1000.pt"]),
+    ],
+)  # fmt: skip
+def test_top_k(tmp_path, top_k, scores, expected):
+    callback = CheckpointCallback(tmp_path, "val_IoU", "max", save_top_k=top_k)
+    Scores(callback, scores)
+    assert kept(tmp_path) == sorted([*expected, "last.pt"])
+    if expected and top_k > 0:
+        assert callback.best_score == max(score for score in scores if not math.isnan(score))
+
+
+def test_another_run_in_the_same_folder_deletes_and_overwrites_nothing(tmp_path):
+    (tmp_path / "notes.pt").write_bytes(b"mine")
+    Scores(CheckpointCallback(tmp_path, "val_IoU", "max"), [0.5])
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    Scores(CheckpointCallback(tmp_path, "val_IoU", "max"), [0.5, 0.6])
+    now = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert all(content in now for content in first.values())
+    assert kept(tmp_path) == [
+        "epoch=001-val_IoU=0.5000.pt", "epoch=002-val_IoU=0.6000.pt",
+        "last-v1.pt", "last.pt", "notes.pt",
+    ]  # fmt: skip
+
+
+def test_new_before_old(tmp_path, monkeypatch):
+    """When writing fails, what was there stays, and training goes on with one warning an epoch."""
+    callback = CheckpointCallback(tmp_path, "val_IoU", "max")
+    trainer = Scores(callback, [0.5])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match="no checkpoint after epoch 2.* No space left"):
+        callback.on_epoch_end(trainer, 1, {"val_IoU": 0.9})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert callback.best_score == 0.5
+
+
+def test_a_folder_deleted_in_mid_run(tmp_path):
+    class Vandal:
+        def on_epoch_end(self, trainer, epoch, logs):
+            for path in (tmp_path / "run").iterdir():
+                path.unlink()
+            os.rmdir(tmp_path / "run")
+
+    callbacks = [CheckpointCallback(tmp_path / "run", "train_loss"), Vandal()]
+    trainer = make_trainer(callbacks=callbacks)
+    trainer.fit(3)
+    assert trainer.epoch == 3
+
+
+def test_an_unwritable_folder_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path / "file" / "run", "train_loss")])
+    with pytest.raises(CheckpointError, match="cannot be written .* Nothing was trained"):
+        trainer.fit(1)
+    assert trainer.global_step == 0
+    with pytest.raises(CheckpointError, match="could not be written"):
+        trainer.save_checkpoint(tmp_path / "file" / "a.pt")
+    trainer.callbacks.clear()
+    trainer.fit(1)
+
+
+def test_monitors_are_checked():
+    for mode, name in (("min", "val_IoU"), ("max", "val_loss"), ("min", "val_accuracy")):
+        with pytest.raises(ValueError, match="would keep the worst model"):
+            CheckpointCallback("x", monitor=name, mode=mode)
+    with pytest.raises(ValueError, match="no val_loader"):
+        make_trainer(callbacks=[EarlyStopping()]).fit(1)
+    trainer = make_trainer(callbacks=[EarlyStopping("train_los")])
+    with pytest.raises(ValueError, match="Did you mean 'train_loss'"):
+        trainer.fit(3)
+    assert trainer.epoch == 1
+    with pytest.raises(ValueError, match="cannot tell whether 'lr'"):
+        make_trainer(callbacks=[EarlyStopping("lr")]).fit(1)
+
+
+def test_a_metric_says_which_way_is_better():
+    class Odd:
+        higher_is_better = False
+
+        def update(self, output, target):
+            self.value = output.mean()
+
+        def compute(self):
+            return self.value
+
+        def reset(self):
+            pass
+
+    stopping = EarlyStopping("val_quality", patience=1)
+    make_trainer(val=make_batches(1), metrics={"quality": Odd()}, callbacks=[stopping]).fit(1)
+    assert stopping.monitor.mode == "min"
+
+
+def test_the_last_file_is_there_even_if_nothing_is_best(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss", save_top_k=0)]).fit(2)
+    assert kept(tmp_path) == ["last.pt"]
