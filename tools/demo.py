@@ -18,8 +18,8 @@ def main() -> None:
     notebook = nbformat.read(SOURCE, as_version=4)
     print(f"Running {SOURCE.relative_to(ROOT)} ...", flush=True)
     start = time.monotonic()
-    client = NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(FOLDER)}})
-    client.execute()
+    options = {"timeout": 1800, "coalesce_streams": True}
+    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
     executed, page = FOLDER / "quick_start.ipynb", FOLDER / "quick_start.html"
     nbformat.write(notebook, executed)
     page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")

@@ -15,8 +15,12 @@ def main(names: list[str]) -> None:
     for path in [Path(name).resolve() for name in names] or sorted(every):
         print(path.relative_to(NOTEBOOKS), flush=True)
         notebook = nbformat.read(path, as_version=4)
-        resources = {"metadata": {"path": str(path.parent)}}
-        NotebookClient(notebook, timeout=1800, resources=resources).execute()
+        options = {"timeout": 1800, "coalesce_streams": True}
+        NotebookClient(
+            notebook, resources={"metadata": {"path": str(path.parent)}}, **options
+        ).execute()
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # times
         nbformat.write(notebook, path)
 
 

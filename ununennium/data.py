@@ -162,7 +162,7 @@ class SyntheticScenes(Dataset):
         image = images if self.time_steps else images[0]
         return {"image": image, "mask": mask, "name": f"scene-{self.seed}-{index:04d}"}
 
-# %% ../nbs/30_data.ipynb #data-020
+# %% ../nbs/30_data.ipynb #data-019
 def true_colour(image: Tensor, rgb: tuple[int, int, int] = (2, 1, 0)) -> Tensor:
     """Return an image `(C, H, W)` as `(H, W, 3)` in 0..1, for display.
 
@@ -178,6 +178,7 @@ def true_colour(image: Tensor, rgb: tuple[int, int, int] = (2, 1, 0)) -> Tensor:
     valid = colours.isfinite().all(-1) & (colours != 0).any(-1)
     if not valid.any():
         return torch.full_like(colours, 0.5)
-    low, high = (colours[valid].quantile(q) for q in (0.02, 0.98))
-    stretched = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    low, middle, high = (float(colours[valid].quantile(q)) for q in (0.02, 0.5, 0.98))
+    high = min(high, 3 * middle) if low < middle else high
+    stretched = ((colours - low) / max(high - low, 1e-6)).clamp(0, 1)
     return stretched.where(valid[..., None], torch.tensor(0.5))

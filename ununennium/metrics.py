@@ -15,7 +15,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['WeightedMean', 'predicted_classes', 'count_pairs', 'iou_per_class', 'ConfusionMatrix', 'MetricSet']
 
-# %% ../nbs/10_metrics.ipynb #metrics-005
+# %% ../nbs/10_metrics.ipynb #metrics-031
 class WeightedMean:
     """The mean of values that are themselves means, each weighted by what it was divided by.
 
@@ -23,7 +23,7 @@ class WeightedMean:
     """
 
     def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
+        self.total: Tensor | None = None
         self.weight: Tensor | float = 0.0
 
     def update(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
@@ -37,19 +37,23 @@ class WeightedMean:
             What the value was divided by. Zero adds nothing.
         """
         value = value.detach()
-        value = value.float() if value.device.type == "mps" else value.double()
+        if self.total is None:
+            precise = torch.float32 if value.device.type == "mps" else torch.float64
+            self.total = torch.zeros((), dtype=precise, device=value.device)
         if isinstance(weight, Tensor):
-            self.total = self.total + torch.where(weight > 0, value * weight, 0.0)
+            self.total += torch.where(weight > 0, value * weight, 0.0)
         elif weight:
-            self.total = self.total + value * weight
+            self.total.add_(
+                value, alpha=weight
+            )  # multiplied and added in the precision of the total
         self.weight = self.weight + weight
 
     def compute(self) -> float:
         """Return the mean as a plain number; NaN if nothing was added."""
         weight = float(self.weight)
-        return float(self.total) / weight if weight else math.nan
+        return float(self.total) / weight if self.total is not None and weight else math.nan
 
-# %% ../nbs/10_metrics.ipynb #metrics-011
+# %% ../nbs/10_metrics.ipynb #metrics-035
 def predicted_classes(output: Tensor) -> Tensor:
     """Return the class that a model's output stands for.
 
@@ -65,7 +69,7 @@ def predicted_classes(output: Tensor) -> Tensor:
     """
     if output.shape[1] == 1:
         return (output[:, 0] > 0).long()
-    if output.device.type != "cpu" or output.shape[1] > 16:
+    if output.device.type != "cpu" or output.ndim == 2 or output.shape[1] > 16:
         return output.argmax(1)
     best = output[:, 0]
     winner = torch.zeros(best.shape, dtype=torch.int64, device=best.device)
@@ -75,7 +79,7 @@ def predicted_classes(output: Tensor) -> Tensor:
         best = torch.maximum(best, score)
     return winner
 
-# %% ../nbs/10_metrics.ipynb #metrics-003
+# %% ../nbs/10_metrics.ipynb #metrics-036
 def count_pairs(
     truth: Tensor, predicted: Tensor, num_classes: int, ignore_index: int | None
 ) -> Tensor:
@@ -99,9 +103,9 @@ def count_pairs(
     truth = truth.long()
     cells = num_classes * num_classes
     index = truth * num_classes + predicted
-    index = torch.where((truth < 0) | (truth >= num_classes), cells + 1, index)
+    index.masked_fill_((truth < 0) | (truth >= num_classes), cells + 1)
     if ignore_index is not None:
-        index = torch.where(truth == ignore_index, cells, index)
+        index.masked_fill_(truth == ignore_index, cells)
     if index.device.type == "cpu":
         return torch.bincount(index.flatten(), minlength=cells + 2)
     # bincount reads its input's maximum on the host; adding at an index does not.

@@ -16,7 +16,14 @@ from .data import true_colour
 # %% auto #0
 __all__ = ['PALETTE', 'GREY', 'plot_history', 'plot_chips']
 
-# %% ../nbs/35_plots.ipynb #plots-011
+# %% ../nbs/35_plots.ipynb #plots-005
+PALETTE = (
+    "#2c7bb6", "#1b7837", "#a6d96a", "#b8864b", "#d7191c",
+    "#7b3294", "#fdae61", "#35978f", "#c994c7", "#4d4d4d",
+)  # fmt: skip
+GREY = "#9a9a9a"
+
+
 def plot_history(history: Mapping[str, Sequence[float]]) -> Any:
     """Draw loss, IoU and learning rate by epoch.
 
@@ -32,53 +39,37 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Any:
     """
     import matplotlib.pyplot as plt
 
-    groups = {
-        "loss": [name for name in history if name in ("train_loss", "val_loss")],
-        "IoU": [name for name in history if name == "val_IoU" or name.startswith("val_IoU/")],
-        "learning rate": [name for name in history if name == "lr"],
+    classes = [name for name in history if name.startswith("val_IoU/")]
+    panels = {
+        "loss": [name for name in ("train_loss", "val_loss") if name in history],
+        "IoU": [name for name in ("val_IoU", *classes) if name in history],
+        "learning rate": ["lr"] if len(set(history.get("lr", ()))) > 1 else [],
     }
-    panels = {title: names for title, names in groups.items() if names}
-    figure = plt.figure(figsize=(3.4 * max(1, len(panels)), 2.8), layout="constrained")
+    panels = {title: names for title, names in panels.items() if names}
+    figure = plt.figure(figsize=(4.2 * max(1, len(panels)), 2.9), layout="constrained")
     plt.close(figure)  # else a notebook shows it twice
     axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
     for axis, (title, names) in zip(axes, panels.items(), strict=False):
         for name in names:
-            mean = "/" not in name
-            label = "mean" if name == "val_IoU" else name.removeprefix("val_IoU/")
+            label, colour, width = name, None, 1.8
+            if title == "IoU":
+                label, colour, width = "mean", "black", 2.2
+            if name in classes:
+                number = classes.index(name)
+                label, colour, width = name.split("/", 1)[1], PALETTE[number % len(PALETTE)], 1.2
             epochs = range(1, len(history[name]) + 1)
-            marker = "o" if len(epochs) == 1 else None
-            axis.plot(
-                epochs,
-                history[name],
-                label=label,
-                lw=2.2 if mean else 1.1,
-                alpha=1 if mean else 0.8,
-                marker=marker,
-            )
+            axis.plot(epochs, history[name], label=label, color=colour, lw=width, marker=".")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch", fontsize=9)
+        axis.set_ylim(bottom=0, top=1 if title == "IoU" else None)
         axis.tick_params(labelsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         if len(names) > 1:
-            axis.legend(fontsize=7, frameon=False)
+            axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/35_plots.ipynb #plots-013
-PALETTE = (
-    "#2c7bb6",
-    "#1b7837",
-    "#a6d96a",
-    "#b8864b",
-    "#d7191c",
-    "#7b3294",
-    "#fdae61",
-    "#35978f",
-    "#f7f7f7",
-    "#4d4d4d",
-)
-GREY = "#9a9a9a"
-
-
+# %% ../nbs/35_plots.ipynb #plots-012
 def plot_chips(
     images: Tensor,
     masks: Tensor,

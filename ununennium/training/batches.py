@@ -250,12 +250,14 @@ def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
             hint = " Add the channel: mask.unsqueeze(1)."
         raise ValueError(f"{facts.name} compares element by element, but {got}.{hint}")
 
-# %% ../../nbs/training/40_batches.ipynb #batches-036
+# %% ../../nbs/training/40_batches.ipynb #batches-008
 def check_labels(target: Any, num_classes: int, ignore_index: int | None) -> None:
     """Raise a `ValueError` that names the labels of a host tensor that are no class."""
     if not _is_on_host(target) or target.is_floating_point():
         return
     labels = _on_host(target)
+    if not labels.size or (labels.min() >= 0 and labels.max() < num_classes):
+        return
     outside = (labels < 0) | (labels >= num_classes)
     if ignore_index is not None:
         outside &= labels != ignore_index

@@ -122,7 +122,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             return model
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-029
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-003
 def check_tensors(
     saved: dict[str, Tensor], expected: dict[str, Tensor], path: str | os.PathLike
 ) -> None:
@@ -145,11 +145,11 @@ def check_tensors(
     ]
     if problems:
         raise CheckpointError(
-            f"{path} holds another model: {'; '.join(problems)}. Nothing was loaded. Build the model "
-            "as it was saved."
+            f"{path} holds another model: {'; '.join(problems)}. Nothing was loaded. Build the "
+            "model as it was saved."
         )
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-031
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-020
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return the settings of each parameter group, without the parameters."""
     return [
@@ -187,8 +187,8 @@ def load_optimizer(
         for name in ELEMENTWISE_STATE & entry.keys():
             if entry[name] is not None and entry[name].shape != parameters[number].shape:
                 raise ValueError(
-                    f"{name} of parameter {number} is {tuple(entry[name].shape)} in the file and should "
-                    f"be {tuple(parameters[number].shape)}"
+                    f"{name} of parameter {number} is {tuple(entry[name].shape)} in the file and "
+                    f"should be {tuple(parameters[number].shape)}"
                 )
     optimizer.load_state_dict(saved)
     for group, then, now in zip(optimizer.param_groups, saved_built, built, strict=True):

@@ -20,7 +20,7 @@ from .state import warn
 
 # %% auto #0
 __all__ = ['CULPRITS', 'ADVICE', 'resolve_device', 'Precision', 'BufferGuard', 'gradient_norm', 'OptimizerStep', 'probe',
-           'TrainingDiverged', 'SkipLog']
+           'probes', 'TrainingDiverged', 'SkipLog']
 
 # %% ../../nbs/training/45_step.ipynb #step-001
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -210,7 +210,7 @@ class OptimizerStep:
         self.guard.restore()
         self.clear()
 
-# %% ../../nbs/training/45_step.ipynb #step-003
+# %% ../../nbs/training/45_step.ipynb #step-005
 def probe(value: Any) -> Tensor | None:
     """Return a scalar tensor, finite if every number in `value` is; None if there is none."""
     if isinstance(value, Tensor):
@@ -227,6 +227,14 @@ def probe(value: Any) -> Tensor | None:
     )
     found = [part for item in items if (part := probe(item)) is not None]
     return torch.stack([part.float() for part in found]).sum() if found else None
+
+
+def probes(inputs: Any, target: Any, output: Any, loss: Tensor) -> dict[str, Tensor]:
+    """Return the probes of a batch by name, in the order of cause and effect."""
+    found = {"input": probe(inputs), "target": probe(target), "output": probe(output)}
+    return {name: part for name, part in found.items() if part is not None} | {
+        "loss": loss.detach()
+    }
 
 # %% ../../nbs/training/45_step.ipynb #step-004
 class TrainingDiverged(RuntimeError):
