@@ -26,7 +26,7 @@ test: $(VENV)/.dev check
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 export: $(VENV)/.dev
 	$(BIN)/ruff format nbs tests tools benchmarks

@@ -1,11 +1,12 @@
 """The trainer against the same loop written by hand: the ratio of their times.
 
-    python benchmarks/loop.py [--device cpu] [--rounds 7]
+    python benchmarks/loop.py [--device cpu] [--rounds 7] [--fused]
 
-Both do the same work: forward, cross-entropy, backward, clipping, optimizer step, a running mean of the
-loss without reading it, and a validation pass with a confusion matrix. Rounds are interleaved, and a ratio
-is the median over rounds of trainer / hand-written in the same round, which runs it before and after. The
-first column is the hand-written loop against itself: what is noise. Final parameters are compared too.
+Both do the same work: forward, cross-entropy, backward, clipping, optimizer step, a running mean of
+the loss without reading it, and a validation pass with a confusion matrix. Rounds are interleaved,
+and a ratio is the median over rounds of trainer / hand-written in the same round, which runs the
+latter before and after. The first column is the hand-written loop against itself: what is noise.
+Final parameters are compared too.
 """
 
 import argparse

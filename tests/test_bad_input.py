@@ -21,7 +21,7 @@ BAD_BATCHES = {
     "a mask of floats for cross-entropy": (
         (IMAGE, MASK.float()), None, 3, r"wants class numbers, .*float32. Pass integers"),
     "a channel too many for cross-entropy": (
-        (IMAGE, MASK[:, None]), None, 3, r"one label for each pixel, \(2, 8, 8\), .*squeeze\(1\)"),
+        (IMAGE, MASK[:, None]), None, 3, r"labels of shape \(2, 8, 8\), .*squeeze\(1\)"),
     "a mask of another size": ((IMAGE, MASK[:, :4]), None, 3, r"\(2, 8, 8\), but .* \(2, 4, 8\)"),
     "(N,H,W) against (N,1,H,W) for BCE": (
         (IMAGE, (MASK > 1).float()), BCE, 1, r"element by element, .*: mask.unsqueeze"),
@@ -161,4 +161,4 @@ def test_loss_parts_are_in_the_history():
     history = trainer.fit(2)
     assert history["train_loss"][0] == pytest.approx(history["train_fit"][0] + 1.0)
     assert history["val_loss"][1] == pytest.approx(history["val_fit"][1] + 1.0)
-    assert trainer.directions["val_fit"] == "min"
+    assert trainer.directions["val_loss"] == "min" and "val_fit" not in trainer.directions

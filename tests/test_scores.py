@@ -121,7 +121,7 @@ def test_regression_has_no_scores_by_default():
 
 
 def test_class_names_must_match():
-    with pytest.raises(ValueError, match="2 names .* 3 classes"):
+    with pytest.raises(ValueError, match="2 names, .* 3 classes"):
         make_trainer(class_names=["a", "b"]).validate(make_batches())
 
 

@@ -130,7 +130,7 @@ def iou_per_class(table: Tensor) -> Tensor:
     hits = table.diag()
     return hits / (table.sum(0) + table.sum(1) - hits)  # 0/0 is NaN, and stays so
 
-# %% ../nbs/10_metrics.ipynb #metrics-020
+# %% ../nbs/10_metrics.ipynb #metrics-010
 class ConfusionMatrix:
     """Scores of a dataset from its confusion matrix: IoU of each class, their mean, accuracy.
 
@@ -178,13 +178,23 @@ class ConfusionMatrix:
         output
             Scores `(N, K, ...)`, or one logit `(N, 1, ...)` or `(N, ...)` where K is 2.
         target
-            Labels `(N, ...)` or `(N, 1, ...)`.
+            Labels `(N, ...)` or `(N, 1, ...)`; floats are probabilities of class 1, NaN is no data.
         """
         if output.shape == target.shape and target.shape[1:2] != (1,):
             output, target = output.unsqueeze(1), target.unsqueeze(1)
-        truth = target.reshape(output.shape[:1] + output.shape[2:])
-        counts = count_pairs(truth, predicted_classes(output), self.num_classes, self.ignore_index)
+        truth, ignored = target.reshape(output.shape[:1] + output.shape[2:]), self.ignore_index
+        if truth.is_floating_point():
+            truth, ignored = self._hard_labels(truth), -2
+        counts = count_pairs(truth, predicted_classes(output), self.num_classes, ignored)
         self.state = counts if self.state is None else self.state + counts
+
+    def _hard_labels(self, truth: Tensor) -> Tensor:
+        """Turn probabilities into labels: -1 is outside of 0..1, and -2 does not count."""
+        labels = (truth >= 0.5).long().masked_fill_((truth < 0) | (truth > 1), -1)
+        missing = ~truth.isfinite()
+        if self.ignore_index is not None:
+            missing |= truth == self.ignore_index
+        return labels.masked_fill_(missing, -2)
 
     @property
     def table(self) -> Tensor:
@@ -204,7 +214,9 @@ class ConfusionMatrix:
         if self.state is not None and (outside := int(self.state[-1])):
             raise ValueError(
                 f"{outside} labels are outside the classes 0..{self.num_classes - 1} and are not "
-                f"ignore_index={self.ignore_index}. Correct the labels, or ignore them."
+                f"ignore_index={self.ignore_index}. Correct the labels, or pass the value that "
+                "means no "
+                "data as ignore_index to the loss or to TrainerConfig; metrics={} scores nothing."
             )
         iou, table = iou_per_class(self.table), self.table.cpu().double()
         scores = {"IoU": float(iou.nanmean()), "IoU_classes": float((~iou.isnan()).sum())}
@@ -213,7 +225,7 @@ class ConfusionMatrix:
         }
         return scores | {"accuracy": float(table.diag().sum() / table.sum())}
 
-# %% ../nbs/10_metrics.ipynb #metrics-014
+# %% ../nbs/10_metrics.ipynb #metrics-005
 class MetricSet:
     """Several metrics under one roof.
 
@@ -256,11 +268,18 @@ class MetricSet:
         scores: dict[str, float] = {}
         for name, metric in self.metrics.items():
             flat = self._flatten(name, metric.compute())
-            more = getattr(metric, "higher_is_better", None)
-            if more is not None:
-                self.directions |= dict.fromkeys(flat, "max" if more else "min")
+            if scores.keys() & flat.keys():  # of two confusion matrices, say
+                flat = {f"{name}_{key}": value for key, value in flat.items()}
+            self._note_directions(metric, flat)
             scores |= flat
         return scores
+
+    def _note_directions(self, metric: Any, flat: Mapping[str, float]) -> None:
+        members = dict(metric.items()) if hasattr(metric, "items") else {}  # a MetricCollection
+        for key in flat:
+            more = getattr(members.get(key, metric), "higher_is_better", None)
+            if more is not None:
+                self.directions[key] = "max" if more else "min"
 
     def _flatten(self, name: str, value: Any) -> dict[str, float]:
         if isinstance(value, Mapping):

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import operator
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from ..losses import MaskedLoss
 
 # %% auto #0
 __all__ = ['CLASS_LOSSES', 'LOGIT_LOSSES', 'ELEMENT_LOSSES', 'unpack', 'move', 'prediction', 'LossFacts', 'loss_facts',
-           'batch_weight', 'check_shapes', 'check_labels', 'widen', 'MicroBatch', 'Windows']
+           'batch_weight', 'check_shapes', 'check_labels', 'widen', 'MicroBatch', 'Windows', 'start', 'length']
 
 # %% ../../nbs/training/40_batches.ipynb #batches-005
 def unpack(batch: Any) -> tuple[Any, Any]:
@@ -80,7 +83,7 @@ def prediction(output: Any) -> Any:
         return output["out"]
     return output[0] if isinstance(output, (tuple, list)) else output
 
-# %% ../../nbs/training/40_batches.ipynb #batches-035
+# %% ../../nbs/training/40_batches.ipynb #batches-008
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 LOGIT_LOSSES = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
 ELEMENT_LOSSES = (
@@ -107,6 +110,8 @@ class LossFacts:
         It takes one logit for each target element, as binary cross-entropy does.
     elementwise
         Its mean is over all elements of the target.
+    masked
+        It takes integer targets and leaves some of them out, as `MaskedLoss` does.
     ignore_index
         The label that it leaves out, or None.
     class_weight
@@ -117,6 +122,7 @@ class LossFacts:
     wants_classes: bool = False
     wants_logits: bool = False
     elementwise: bool = False
+    masked: bool = False
     ignore_index: int | None = None
     class_weight: Tensor | None = field(default=None, repr=False)
 
@@ -143,18 +149,22 @@ def loss_facts(loss_fn: Any) -> LossFacts:
             "from their means. Pass reduction='mean'."
         )
     ignored = options.get("ignore_index", getattr(core, "ignore_index", default_ignore))
+    if ignored is None and isinstance(core, nn.Module):  # a loss made of losses
+        inside = {part.ignore_index for part in core.modules() if hasattr(part, "ignore_index")}
+        ignored = inside.pop() if len(inside) == 1 else None
     return LossFacts(
         name=name,
         wants_classes=wants_classes,
         wants_logits=_is_one_of(inner, LOGIT_LOSSES),
         elementwise=_is_one_of(inner, ELEMENT_LOSSES),
-        ignore_index=ignored if isinstance(ignored, int) else None,
+        masked=isinstance(core, MaskedLoss),
+        ignore_index=None if ignored is None else operator.index(cast(Any, ignored)),
         class_weight=options.get("weight", getattr(core, "weight", None))
         if wants_classes
         else None,
     )
 
-# %% ../../nbs/training/40_batches.ipynb #batches-017
+# %% ../../nbs/training/40_batches.ipynb #batches-014
 def batch_weight(
     target: Any, loss_fn: Any, facts: LossFacts, ignore_index: int | None
 ) -> float | Tensor:
@@ -178,7 +188,7 @@ def batch_weight(
         weight = loss_fn.batch_weight(target)
         return _on_host(weight).item() if _is_on_host(weight) else weight
     if not isinstance(target, Tensor):
-        return float(len(target)) if hasattr(target, "__len__") else 1.0
+        return _count_samples(target)
     if facts.wants_classes and target.is_floating_point():  # class probabilities (N, C, ...)
         return target.numel() / target.shape[1]
     if facts.elementwise:
@@ -186,6 +196,15 @@ def batch_weight(
     if target.is_floating_point():
         return float(target.shape[0]) if target.ndim else 1.0
     return _label_weight(target, facts.class_weight, ignore_index)
+
+
+def _count_samples(target: Any) -> float:
+    """Return the number of samples: of the first tensor inside, or a list's length."""
+    if isinstance(target, list):
+        return float(len(target))
+    parts = target.values() if isinstance(target, Mapping) else target
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.ndim]
+    return float(tensors[0].shape[0]) if tensors else 1.0
 
 
 def _is_on_host(value: Any) -> bool:
@@ -215,15 +234,17 @@ def _label_weight(
         )
     numbers = numbers.ravel() if ignore_index is None else numbers[numbers != ignore_index]
     table = _on_host(weight.cpu()).astype(np.float64)
-    inside = numbers[
-        (numbers >= 0) & (numbers < len(table))
-    ]  # labels outside are reported by check_labels
-    return float(np.bincount(inside.astype(np.int64), minlength=len(table)) @ table)
+    is_class = (numbers >= 0) & (numbers < len(table))
+    inside = numbers[is_class].astype(np.int64)
+    outside = numbers.size - inside.size  # so the batch is not empty, and check_labels reports them
+    return float(np.bincount(inside, minlength=len(table)) @ table) + outside
 
-# %% ../../nbs/training/40_batches.ipynb #batches-022
+# %% ../../nbs/training/40_batches.ipynb #batches-036
 def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
     """Raise a `ValueError` in plain words if a loss cannot take this output and target."""
-    output = prediction(output) if isinstance(output, (Mapping, tuple, list)) else output
+    if isinstance(output, Mapping) and "out" not in output:
+        return
+    output = prediction(output)
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
         return
     got = (
@@ -241,57 +262,51 @@ def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
                 if target.shape == (expected[0], 1, *expected[1:])
                 else ""
             )
-            raise ValueError(
-                f"{facts.name} wants one label for each pixel, {expected}, but {got}.{hint}"
-            )
+            raise ValueError(f"{facts.name} wants labels of shape {expected}, but {got}.{hint}")
     if facts.elementwise and output.shape != target.shape:
         hint = ""
         if target.numel() == output.numel() and output.ndim == target.ndim + 1:
             hint = " Add the channel: mask.unsqueeze(1)."
         raise ValueError(f"{facts.name} compares element by element, but {got}.{hint}")
 
-# %% ../../nbs/training/40_batches.ipynb #batches-008
+# %% ../../nbs/training/40_batches.ipynb #batches-017
 def check_labels(target: Any, num_classes: int, ignore_index: int | None) -> None:
-    """Raise a `ValueError` that names the labels of a host tensor that are no class."""
-    if not _is_on_host(target) or target.is_floating_point():
+    """Raise a `ValueError` that names the labels of a host tensor that are no class.
+
+    Floats are taken as the probabilities of a yes-or-no map, which lie between 0 and 1.
+    """
+    if not _is_on_host(target):
         return
-    labels = _on_host(target)
-    if not labels.size or (labels.min() >= 0 and labels.max() < num_classes):
+    labels, largest = _on_host(target), num_classes - 1
+    if not labels.size or (labels.min() >= 0 and labels.max() <= largest):
         return
-    outside = (labels < 0) | (labels >= num_classes)
+    outside = (labels < 0) | (labels > largest)  # NaN is neither
     if ignore_index is not None:
         outside &= labels != ignore_index
     if outside.any():
         values, counts = np.unique(labels[outside], return_counts=True)
-        found = ", ".join(
-            f"{value} ({count} times)" for value, count in zip(values[:5], counts[:5], strict=True)
-        )
-        more = f" and {len(values) - 5} other values" if len(values) > 5 else ""
-        hint = (
-            f" If {values[0]} is nodata, build the loss with ignore_index={values[0]}."
-            if len(values) == 1
-            else ""
-        )
+        pairs = list(zip(values.tolist(), counts.tolist(), strict=True))
+        found = ", ".join(f"{value:g} ({count} times)" for value, count in pairs[:5])
+        found += f" and {len(pairs) - 5} other values" if len(pairs) > 5 else ""
+        hint = ""
+        if len(pairs) == 1:
+            hint = f" If {values[0]:g} is nodata, build the loss with ignore_index={values[0]:g}."
         raise ValueError(
-            f"The target has labels outside the model's {num_classes} classes "
-            f"0..{num_classes - 1}: "
-            f"{found}{more}; ignore_index is {ignore_index}.{hint}"
+            f"The target has labels outside the model's {num_classes} classes 0..{largest}: "
+            f"{found}; "
+            f"ignore_index is {ignore_index}.{hint}"
         )
 
-# %% ../../nbs/training/40_batches.ipynb #batches-028
+# %% ../../nbs/training/40_batches.ipynb #batches-038
 def widen(target: Any, output: Any, facts: LossFacts) -> Any:
     """Return integer labels in the dtype that the loss needs; anything else as it is."""
     if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
         return target
     if facts.wants_classes:
         return target.long()
-    return (
-        target.to(prediction(output).dtype)
-        if facts.elementwise and facts.name != "MaskedLoss"
-        else target
-    )
+    return target.to(prediction(output).dtype) if facts.elementwise and not facts.masked else target
 
-# %% ../../nbs/training/40_batches.ipynb #batches-014
+# %% ../../nbs/training/40_batches.ipynb #batches-022
 @dataclass
 class MicroBatch:
     """A batch on its way through a step: what the loader gave, its weight, its share."""
@@ -324,26 +339,62 @@ class Windows:
         Makes a `MicroBatch` from what the loader gave and its number in the epoch.
     """
 
-    def __init__(self, loader: Any, size: int, prepare: Any) -> None:
-        self.batches = iter(loader)
+    def __init__(self, loader: Any, size: int, prepare: Callable[[Any, int], MicroBatch]) -> None:
+        self.batches = start(loader)
         self.size = size
         self.prepare = prepare
         self.number = 0  # batches read so far
-        self.window: list[MicroBatch] = []  # stays when the loader raises, so that no batch is lost
+        self.unprepared: list[Any] = []  # read, and stays here if prepare raises
+        self.window: list[MicroBatch] = []  # stays if the loader raises, so that no batch is lost
         self.exhausted = False
+        self.raised = False  # the loader did, and has given nothing since
 
     def read(self) -> list[MicroBatch]:
         """Return the next window; an empty list at the end of the loader."""
-        while len(self.window) < self.size and not self.exhausted:
-            try:
-                raw = next(self.batches)
-            except StopIteration:
-                self.exhausted = True
-            else:
-                self.window.append(self.prepare(raw, self.number))
-                self.number += 1
+        while len(self.window) < self.size and self._fetch():
+            self.window.append(self.prepare(self.unprepared[0], self.number))
+            self.unprepared.clear()
+            self.number += 1
         window, self.window = self.window, []
         total = sum((batch.weight for batch in window), start=0.0)
         for batch in window:
             batch.share = 0.0 if batch.is_empty else batch.weight / total
         return window
+
+    def _fetch(self) -> bool:
+        """Make sure that a batch is there to be prepared; return False at the end of the loader."""
+        if self.unprepared or self.exhausted:
+            return bool(self.unprepared)
+        try:
+            self.unprepared.append(next(self.batches))
+        except StopIteration:
+            self.exhausted = True
+        except BaseException:
+            self.raised = True
+            raise
+        else:
+            self.raised = False
+        return not self.exhausted
+
+
+def start(loader: Any) -> Iterator[Any]:
+    """Return a loader's iterator, whose worker processes are deaf to interrupts.
+
+    An interrupt goes to all processes of a terminal or a kernel. It is the trainer's to handle;
+    workers that died of it could not go on after the pause.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
+
+
+def length(loader: Any) -> int | None:
+    """Return how many batches a loader gives, or None if it cannot tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None

@@ -54,7 +54,7 @@ class Callback:
 
 HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-014
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-006
 class Hooks:
     """Calls the hooks of several callbacks, in their order.
 
@@ -75,12 +75,12 @@ class Hooks:
 
     def tell(self, hook: str, *details: Any, to_all: bool = False) -> None:
         """Call a hook of every callback that has it; with `to_all`, also after one raised."""
-        errors: list[Exception] = []
+        errors: list[BaseException] = []
         for callback in self.listeners[hook]:
             try:
                 getattr(callback, hook)(self.trainer, *details)
-            except Exception as error:
-                if getattr(callback, "is_display", False):
+            except BaseException as error:
+                if getattr(callback, "is_display", False) and isinstance(error, Exception):
                     self._switch_off(callback, error)
                 elif to_all:
                     errors.append(error)
@@ -102,10 +102,11 @@ def _has_hook(callback: Any, hook: str) -> bool:
     method = getattr(callback, hook, None)
     return method is not None and getattr(method, "__func__", None) is not getattr(Callback, hook)
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-016
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-021
+# Without dice and jaccard, which are losses as often as scores.
 MORE_IS_BETTER = frozenset({
-    "iou", "miou", "jaccard", "accuracy", "acc", "oa", "f1", "fbeta", "dice", "kappa", "auc",
-    "auroc", "ap", "map", "precision", "recall", "r2", "psnr", "ssim", "mcc",
+    "iou", "miou", "accuracy", "acc", "oa", "f1", "fbeta", "kappa", "auc", "auroc", "ap", "map",
+    "precision", "recall", "r2", "psnr", "ssim", "mcc",
 })  # fmt: skip
 LESS_IS_BETTER = frozenset(
     ["loss", "error", "err", "mae", "mse", "rmse", "mape", "bias", "perplexity", "distance"]
@@ -264,7 +265,7 @@ class EarlyStopping(Callback):
             state["waited"],
         )
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-012
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-029
 class CheckpointCallback(Callback):
     """Keep the last and the best models in a folder.
 
@@ -304,12 +305,17 @@ class CheckpointCallback(Callback):
     @property
     def best_path(self) -> Path | None:
         """The best model's file, or None if none was kept."""
-        return self.dirpath / self.kept[0][1] if self.kept else None
+        best = self._best()
+        return self.dirpath / best[1] if best else None
 
     @property
     def best_score(self) -> float | None:
         """The best model's score, or None if none was kept."""
-        return self.kept[0][0] if self.kept else None
+        best = self._best()
+        return best[0] if best else None
+
+    def _best(self) -> tuple[float, str] | None:
+        return next((entry for entry in self.kept if not math.isnan(entry[0])), None)
 
     def on_train_start(self, trainer: Any) -> None:
         """Make sure, before the first step, that the folder takes files and the score will come."""
@@ -333,7 +339,8 @@ class CheckpointCallback(Callback):
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         """Write `last.pt`, keep a copy if it is among the best, delete the one it displaced."""
-        score, before = logs[self.monitor.name], (self.kept, self.owns_last)
+        score = logs.get(self.monitor.name, math.nan)
+        before = (self.kept, self.owns_last)
         last, kept = self.dirpath / "last.pt", list(self.kept)
         place = self._place(score)
         if place is not None:
@@ -357,9 +364,8 @@ class CheckpointCallback(Callback):
         """Return the rank of a score among those kept, or None if it does not earn one."""
         if self.save_top_k == 0 or (math.isnan(score) and self.save_top_k > 0):
             return None
-        better = [
-            math.isnan(score) or not self.monitor.is_better(score, other) for other, _ in self.kept
-        ]
+        others = [None if math.isnan(other) else other for other, _ in self.kept]
+        better = [not self.monitor.is_better(score, other) for other in others]
         place = better.index(False) if False in better else len(better)
         return place if self.save_top_k < 0 or place < self.save_top_k else None
 
@@ -377,13 +383,18 @@ class CheckpointCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory: which files were kept, with their scores."""
-        return {"kept": [list(entry) for entry in self.kept], "owns_last": self.owns_last}
+        return {
+            "folder": str(self.dirpath.resolve()),
+            "kept": [list(entry) for entry in self.kept],
+            "owns_last": self.owns_last,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved memory, as far as its files are in this folder."""
-        kept = [(float(score), str(name)) for score, name in state["kept"]]
+        here = state["folder"] == str(self.dirpath.resolve())
+        kept = [(float(score), str(name)) for score, name in state["kept"]] if here else []
         self.kept = [entry for entry in kept if (self.dirpath / entry[1]).is_file()]
-        self.owns_last = bool(state["owns_last"])
+        self.owns_last = here and bool(state["owns_last"])
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-001
 def epoch_line(trainer: Any, epoch: int, logs: Mapping[str, float]) -> str:
@@ -427,7 +438,7 @@ class TextProgress(Callback):
             )
             self._write(f"stopped{where}: {trainer.stop_reason}")
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-027
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-033
 class BarProgress(TextProgress):
     """A tqdm bar over the batches of each epoch, for terminals; its loss is read twice a second."""
 
@@ -443,7 +454,10 @@ class BarProgress(TextProgress):
     def _open(self, trainer: Any) -> Any:
         from tqdm import tqdm
 
-        total = len(trainer.train_loader) if hasattr(trainer.train_loader, "__len__") else None
+        try:
+            total = len(trainer.train_loader)
+        except TypeError:  # an iterable data set cannot tell
+            total = None
         title = f"epoch {trainer.epoch + 1}/{trainer.goal}"
         self.bar = tqdm(
             total=total, initial=trainer.batch, desc=title, leave=False, dynamic_ncols=True
@@ -456,7 +470,7 @@ class BarProgress(TextProgress):
 
     def on_batch_end(self, trainer: Any, batch: Any, logs: dict[str, Any]) -> None:
         """Advance; show the loss at the display's pace, not the loop's."""
-        bar = self.bar or self._open(trainer)  # there is none yet when a paused epoch goes on
+        bar = self._open(trainer) if self.bar is None else self.bar  # a paused epoch goes on
         now = time.monotonic()
         if now - self.last_read > 0.5 and "train_loss" in logs:
             self.last_read = now
