@@ -130,7 +130,7 @@ def iou_per_class(table: Tensor) -> Tensor:
     hits = table.diag()
     return hits / (table.sum(0) + table.sum(1) - hits)  # 0/0 is NaN, and stays so
 
-# %% ../nbs/10_metrics.ipynb #metrics-010
+# %% ../nbs/10_metrics.ipynb #metrics-003
 class ConfusionMatrix:
     """Scores of a dataset from its confusion matrix: IoU of each class, their mean, accuracy.
 
@@ -215,8 +215,8 @@ class ConfusionMatrix:
             raise ValueError(
                 f"{outside} labels are outside the classes 0..{self.num_classes - 1} and are not "
                 f"ignore_index={self.ignore_index}. Correct the labels, or pass the value that "
-                "means no "
-                "data as ignore_index to the loss or to TrainerConfig; metrics={} scores nothing."
+                "means no data as ignore_index to the loss or to TrainerConfig; metrics={} scores "
+                "nothing."
             )
         iou, table = iou_per_class(self.table), self.table.cpu().double()
         scores = {"IoU": float(iou.nanmean()), "IoU_classes": float((~iou.isnan()).sum())}
@@ -225,7 +225,7 @@ class ConfusionMatrix:
         }
         return scores | {"accuracy": float(table.diag().sum() / table.sum())}
 
-# %% ../nbs/10_metrics.ipynb #metrics-005
+# %% ../nbs/10_metrics.ipynb #metrics-011
 class MetricSet:
     """Several metrics under one roof.
 
@@ -245,8 +245,8 @@ class MetricSet:
             if not all(hasattr(metric, part) for part in ("update", "compute", "reset")):
                 raise TypeError(
                     f"metrics[{name!r}] is a {type(metric).__name__}, which lacks update, compute "
-                    "or "
-                    "reset. Pass a torchmetrics metric, or write a class with these three methods."
+                    "or reset. Pass a torchmetrics metric, or write a class with these three "
+                    "methods."
                 )
         self.class_names = class_names
         self.directions: dict[str, str] = {}  # score name -> "max" or "min", as the metrics say

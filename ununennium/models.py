@@ -24,7 +24,7 @@ def double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
         ]
     return nn.Sequential(*layers)
 
-# %% ../nbs/40_models.ipynb #models-010
+# %% ../nbs/40_models.ipynb #models-007
 class UNet(nn.Module):
     """A U-Net for semantic segmentation.
 
@@ -45,8 +45,7 @@ class UNet(nn.Module):
         if min(in_channels, num_classes, width, depth) < 1:
             raise ValueError(
                 f"UNet(in_channels={in_channels}, num_classes={num_classes}, width={width}, "
-                f"depth={depth}) "
-                "needs at least 1 of each."
+                f"depth={depth}) needs at least 1 of each."
             )
         widths = [width * 2**level for level in range(depth)]
         below = [in_channels, *widths[:-1]]

@@ -22,9 +22,9 @@ from ..losses import MaskedLoss
 
 # %% auto #0
 __all__ = ['CLASS_LOSSES', 'LOGIT_LOSSES', 'ELEMENT_LOSSES', 'unpack', 'move', 'prediction', 'LossFacts', 'loss_facts',
-           'batch_weight', 'check_shapes', 'check_labels', 'widen', 'MicroBatch', 'Windows', 'start', 'length']
+           'batch_weight', 'check_shapes', 'check_labels', 'widen', 'start', 'length', 'MicroBatch', 'Windows']
 
-# %% ../../nbs/training/40_batches.ipynb #batches-005
+# %% ../../nbs/training/40_batches.ipynb #batches-008
 def unpack(batch: Any) -> tuple[Any, Any]:
     """Split a batch into the model's input and the loss's target.
 
@@ -40,8 +40,8 @@ def unpack(batch: Any) -> tuple[Any, Any]:
             return batch["image"], batch[target_key]
         raise ValueError(
             "A dictionary batch needs 'image' and 'mask' or 'label', but has "
-            f"{sorted(map(str, batch))}. "
-            "Rename the keys in the dataset, or override Trainer.unpack."
+            f"{sorted(map(str, batch))}. Rename the keys in the dataset, or override "
+            "Trainer.unpack."
         )
     if hasattr(batch, "images") and hasattr(batch, "labels"):
         return batch.images, batch.labels
@@ -49,9 +49,8 @@ def unpack(batch: Any) -> tuple[Any, Any]:
         return batch[0], batch[1]
     kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
     raise ValueError(
-        f"A batch is a {kind}; expected "
-        "(inputs, target), a dictionary with 'image' and 'mask', or an object with .images and "
-        ".labels. Change the dataset, or override Trainer.unpack."
+        f"A batch is a {kind}; expected (inputs, target), a dictionary with 'image' and 'mask', or "
+        "an object with .images and .labels. Change the dataset, or override Trainer.unpack."
     )
 
 # %% ../../nbs/training/40_batches.ipynb #batches-025
@@ -70,20 +69,19 @@ def move(value: Any, device: torch.device) -> Any:
         return type(value)(move(item, device) for item in value)
     return value
 
-# %% ../../nbs/training/40_batches.ipynb #batches-034
+# %% ../../nbs/training/40_batches.ipynb #batches-014
 def prediction(output: Any) -> Any:
     """Return the part of a model's output that scores are computed from."""
     if isinstance(output, Mapping):
         if "out" not in output:
             raise ValueError(
                 f"The model returned a dictionary with {sorted(map(str, output))}, but none of it "
-                "is called 'out'. "
-                "Name the prediction 'out', or pass metrics={} to score nothing."
+                "is called 'out'. Name the prediction 'out', or pass metrics={} to score nothing."
             )
         return output["out"]
     return output[0] if isinstance(output, (tuple, list)) else output
 
-# %% ../../nbs/training/40_batches.ipynb #batches-008
+# %% ../../nbs/training/40_batches.ipynb #batches-011
 CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 LOGIT_LOSSES = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
 ELEMENT_LOSSES = (
@@ -95,7 +93,7 @@ ELEMENT_LOSSES = (
 def _is_one_of(loss: Any, kinds: tuple) -> bool:
     return any(isinstance(loss, kind) if isinstance(kind, type) else loss is kind for kind in kinds)
 
-
+# %% ../../nbs/training/40_batches.ipynb #batches-031
 @dataclass(frozen=True)
 class LossFacts:
     """What the trainer knows of a loss function.
@@ -126,7 +124,7 @@ class LossFacts:
     ignore_index: int | None = None
     class_weight: Tensor | None = field(default=None, repr=False)
 
-
+# %% ../../nbs/training/40_batches.ipynb #batches-022
 def loss_facts(loss_fn: Any) -> LossFacts:
     """Read a loss function's facts; refuse one whose reduction is not the mean."""
     core, options = loss_fn, {}
@@ -145,8 +143,7 @@ def loss_facts(loss_fn: Any) -> LossFacts:
     if reduction in ("sum", "none"):
         raise ValueError(
             f"loss_fn {name} has reduction={reduction!r}, but batches of unequal size can only be "
-            "combined "
-            "from their means. Pass reduction='mean'."
+            "combined from their means. Pass reduction='mean'."
         )
     ignored = options.get("ignore_index", getattr(core, "ignore_index", default_ignore))
     if ignored is None and isinstance(core, nn.Module):  # a loss made of losses
@@ -164,7 +161,7 @@ def loss_facts(loss_fn: Any) -> LossFacts:
         else None,
     )
 
-# %% ../../nbs/training/40_batches.ipynb #batches-014
+# %% ../../nbs/training/40_batches.ipynb #batches-037
 def batch_weight(
     target: Any, loss_fn: Any, facts: LossFacts, ignore_index: int | None
 ) -> float | Tensor:
@@ -197,7 +194,7 @@ def batch_weight(
         return float(target.shape[0]) if target.ndim else 1.0
     return _label_weight(target, facts.class_weight, ignore_index)
 
-
+# %% ../../nbs/training/40_batches.ipynb #batches-040
 def _count_samples(target: Any) -> float:
     """Return the number of samples: of the first tensor inside, or a list's length."""
     if isinstance(target, list):
@@ -269,7 +266,7 @@ def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
             hint = " Add the channel: mask.unsqueeze(1)."
         raise ValueError(f"{facts.name} compares element by element, but {got}.{hint}")
 
-# %% ../../nbs/training/40_batches.ipynb #batches-017
+# %% ../../nbs/training/40_batches.ipynb #batches-047
 def check_labels(target: Any, num_classes: int, ignore_index: int | None) -> None:
     """Raise a `ValueError` that names the labels of a host tensor that are no class.
 
@@ -293,8 +290,7 @@ def check_labels(target: Any, num_classes: int, ignore_index: int | None) -> Non
             hint = f" If {values[0]:g} is nodata, build the loss with ignore_index={values[0]:g}."
         raise ValueError(
             f"The target has labels outside the model's {num_classes} classes 0..{largest}: "
-            f"{found}; "
-            f"ignore_index is {ignore_index}.{hint}"
+            f"{found}; ignore_index is {ignore_index}.{hint}"
         )
 
 # %% ../../nbs/training/40_batches.ipynb #batches-038
@@ -306,7 +302,30 @@ def widen(target: Any, output: Any, facts: LossFacts) -> Any:
         return target.long()
     return target.to(prediction(output).dtype) if facts.elementwise and not facts.masked else target
 
-# %% ../../nbs/training/40_batches.ipynb #batches-022
+# %% ../../nbs/training/40_batches.ipynb #batches-042
+def start(loader: Any) -> Iterator[Any]:
+    """Return a loader's iterator, whose worker processes are deaf to interrupts.
+
+    An interrupt goes to all processes of a terminal or a kernel. It is the trainer's to handle;
+    workers that died of it could not go on after the pause.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
+
+
+def length(loader: Any) -> int | None:
+    """Return how many batches a loader gives, or None if it cannot tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+# %% ../../nbs/training/40_batches.ipynb #batches-044
 @dataclass
 class MicroBatch:
     """A batch on its way through a step: what the loader gave, its weight, its share."""
@@ -325,7 +344,7 @@ class MicroBatch:
         """It is known to hold no valid pixel."""
         return not isinstance(self.weight, Tensor) and self.weight == 0
 
-
+# %% ../../nbs/training/40_batches.ipynb #batches-046
 class Windows:
     """Read a loader in windows of batches.
 
@@ -375,26 +394,3 @@ class Windows:
         else:
             self.raised = False
         return not self.exhausted
-
-
-def start(loader: Any) -> Iterator[Any]:
-    """Return a loader's iterator, whose worker processes are deaf to interrupts.
-
-    An interrupt goes to all processes of a terminal or a kernel. It is the trainer's to handle;
-    workers that died of it could not go on after the pause.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
-
-
-def length(loader: Any) -> int | None:
-    """Return how many batches a loader gives, or None if it cannot tell."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None

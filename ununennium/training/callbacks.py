@@ -119,7 +119,7 @@ def direction_of(name: str) -> str | None:
     more, less = bool(words & MORE_IS_BETTER), bool(words & LESS_IS_BETTER)
     return None if more == less else "max" if more else "min"
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-020
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-012
 class Monitor:
     """Reads one score and knows which of two values is better.
 
@@ -150,16 +150,15 @@ class Monitor:
             way = "larger" if known == "max" else "smaller"
             raise ValueError(
                 f"{self.owner}(monitor={self.name!r}, mode={self.mode!r}) would keep the worst "
-                "model: "
-                f"{self.name} is better when it is {way}. Pass mode={known!r}."
+                f"model: {self.name} is better when it is {way}. Pass mode={known!r}."
             )
 
     def check_start(self, trainer: Any) -> None:
         """Raise before the first step if the score cannot come."""
         if self.name.startswith("val_") and trainer.val_loader is None:
             raise ValueError(
-                f"{self.owner} monitors {self.name!r}, but the trainer has no val_loader. "
-                "Pass val_loader, or monitor='train_loss'."
+                f"{self.owner} monitors {self.name!r}, but the trainer has no val_loader. Pass "
+                "val_loader, or monitor='train_loss'."
             )
 
     def read(self, logs: Mapping[str, float], directions: Mapping[str, str]) -> float:
@@ -177,8 +176,7 @@ class Monitor:
             if known is None:
                 raise ValueError(
                     f"{self.owner} cannot tell whether {self.name!r} is better when larger or "
-                    "smaller. "
-                    "Pass mode='max' or mode='min'."
+                    "smaller. Pass mode='max' or mode='min'."
                 )
             self.mode = known
         return float(logs[self.name])
@@ -265,7 +263,7 @@ class EarlyStopping(Callback):
             state["waited"],
         )
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-029
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-014
 class CheckpointCallback(Callback):
     """Keep the last and the best models in a folder.
 
@@ -329,8 +327,8 @@ class CheckpointCallback(Callback):
             probe.unlink()
         except OSError as error:
             raise CheckpointError(
-                f"Checkpoints cannot be written to {self.dirpath} ({error.strerror}). "
-                "Pass a folder that you may write to as dirpath. Nothing was trained."
+                f"Checkpoints cannot be written to {self.dirpath} ({error.strerror}). Pass a "
+                "folder that you may write to as dirpath. Nothing was trained."
             ) from error
 
     def on_scores(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:

@@ -66,7 +66,7 @@ def _sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-007
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-016
 def plain(value: Any, name: str = "state") -> Any:
     """Return nested state as tensors and plain values, or name what is neither in an error."""
     if (
@@ -89,8 +89,8 @@ def plain(value: Any, name: str = "state") -> Any:
         return next(kind(value) for kind in (int, float, str) if isinstance(value, kind))
     raise CheckpointError(
         f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: it would run code "
-        "when it is "
-        "read. Return tensors, numbers, strings, lists and dictionaries from state_dict."
+        "when it is read. Return tensors, numbers, strings, lists and dictionaries from "
+        "state_dict."
     )
 
 
@@ -105,7 +105,7 @@ def copy_file(source: Path, path: Path) -> Path:
     with open(source, "rb") as original:
         return write_atomically(path, lambda file: shutil.copyfileobj(original, file))
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-009
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-017
 def load_file(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint into host memory, without unpickling code.
 
@@ -137,8 +137,7 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
         raise CheckpointError(
             f"{path} holds no checkpoint of this package: expected a dictionary with 'model', "
-            "found "
-            f"{found}. Nothing was loaded."
+            f"found {found}. Nothing was loaded."
         )
     return state
 

@@ -117,7 +117,7 @@ class BufferGuard:
         for buffer, kept in zip(self._buffers(), self.kept, strict=True):
             buffer.copy_(torch.where(taken, buffer, kept))
 
-# %% ../../nbs/training/45_step.ipynb #step-024
+# %% ../../nbs/training/45_step.ipynb #step-003
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """Return the 2-norm of all gradients together, a scalar tensor."""
     norms = _foreach_norm(gradients)
@@ -172,10 +172,9 @@ class OptimizerStep:
         """Add the gradient of `share` times the loss."""
         if not loss.requires_grad:
             raise ValueError(
-                "The loss does not depend on the model's parameters: it has no gradient. Look "
-                "for detach(), argmax, "
-                "numpy or no_grad between the model and the loss, or for a model whose "
-                "parameters are all frozen."
+                "The loss does not depend on the model's parameters: it has no gradient. Look for "
+                "detach(), argmax, numpy or no_grad between the model and the loss, or for a "
+                "model whose parameters are all frozen."
             )
         if isinstance(share, Tensor) or share != 1.0:
             loss = loss * share
@@ -195,8 +194,7 @@ class OptimizerStep:
         if not gradients:
             raise ValueError(
                 "None of the optimizer's parameters got a gradient. Build the optimizer from the "
-                "parameters of "
-                "the model that is trained, after layers were replaced or frozen."
+                "parameters of the model that is trained, after layers were replaced or frozen."
             )
         self.precision.scaler.unscale_(self.optimizer)
         norm = gradient_norm(gradients)
@@ -265,7 +263,7 @@ def probes(inputs: Any, target: Any, output: Any, loss: Tensor) -> dict[str, Ten
         "loss": loss.detach()
     }
 
-# %% ../../nbs/training/45_step.ipynb #step-027
+# %% ../../nbs/training/45_step.ipynb #step-004
 class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a gradient that was not finite."""
 
@@ -362,8 +360,8 @@ class SkipLog:
             steps = "1 step was" if count == 1 else f"{count} steps were"
             warn(
                 f"Epoch {epoch + 1}: {steps} skipped because the gradient was not finite, the "
-                "first at batch index "
-                f"{first[0]}, where the {first[1]} was not finite. {ADVICE[first[1]]}"
+                f"first at batch index {first[0]}, where the {first[1]} was not finite. "
+                f"{ADVICE[first[1]]}"
             )
         return count
 
@@ -376,10 +374,8 @@ class SkipLog:
         self.in_a_row = self.longest = 0  # a later fit starts with a clean count
         raise TrainingDiverged(
             f"{self.limit} steps in a row were skipped because their gradient was not finite, in "
-            "epoch "
-            f"{epoch + 1} from batch index {number} on, where the {culprit} was the first thing "
-            "not finite. The parameters are as "
-            f"they were before. {ADVICE[culprit]}"
+            f"epoch {epoch + 1} from batch index {number} on, where the {culprit} was the first "
+            f"thing not finite. The parameters are as they were before. {ADVICE[culprit]}"
         )
 
 

@@ -62,7 +62,7 @@ from .step import OptimizerStep, Precision, SkipLog, probes, resolve_device
 __all__ = ['EMPTY_HINT', 'FORMAT', 'FIELDS', 'whole_number', 'TrainerConfig', 'modes_restored', 'random_state_kept',
            'interrupt_noted', 'Schedule', 'default_metrics', 'named_losses', 'agreed_ignore_index', 'explain_input',
            'Evaluator', 'OpenEpoch', 'check_parts', 'check_loader', 'Run', 'run_state_dict', 'check_fields',
-           'load_run_state', 'copy_to_host', 'random_state_of', 'restore_random_state', 'Trainer']
+           'load_run_state', 'copy_to_host', 'random_state_of', 'restore_random_state', 'Session', 'Trainer']
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-014
 def whole_number(name: str, value: Any, least: float, most: float = math.inf) -> int:
@@ -195,7 +195,7 @@ def interrupt_noted(note: Callable[[], None]) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-006
+# %% ../../nbs/training/50_trainer.ipynb #trainer-016
 class Schedule:
     """A learning-rate scheduler and when to step it.
 
@@ -271,8 +271,7 @@ class Schedule:
         if steps > left:
             raise ValueError(
                 f"The scheduler {type(self.scheduler).__name__} was built for {total} steps and "
-                f"has {left} left, but "
-                f"this fit makes up to {steps} of them. Build it with "
+                f"has {left} left, but this fit makes up to {steps} of them. Build it with "
                 f"total_steps={total + steps - left}."
             )
 
@@ -305,7 +304,7 @@ def default_metrics(
         return none
     return MetricSet({"": ConfusionMatrix(classes, ignore_index, class_names)})
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-016
+# %% ../../nbs/training/50_trainer.ipynb #trainer-033
 def named_losses(loss: Any, name: str) -> dict[str, Tensor]:
     """Return a loss function's result as a dictionary of scalars with `loss` first."""
     parts = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
@@ -326,11 +325,10 @@ def named_losses(loss: Any, name: str) -> dict[str, Tensor]:
         parts[key] = value.reshape(())
     return {"loss": parts.pop("loss"), **parts}
 
-
+# %% ../../nbs/training/50_trainer.ipynb #trainer-022
 EMPTY_HINT = (
     "A data set smaller than the batch with drop_last=True gives none, and neither does a "
-    "generator that was "
-    "read before. Pass a DataLoader or a list with at least one batch."
+    "generator that was read before. Pass a DataLoader or a list with at least one batch."
 )
 
 
@@ -351,12 +349,11 @@ def agreed_ignore_index(asked: int | str | None, facts: LossFacts) -> int | None
         )
         raise ValueError(
             f"TrainerConfig(ignore_index={asked}), but {facts.name} ignores {facts.ignore_index}: "
-            "it would learn "
-            f"from pixels that no score counts. Pass loss_fn={cure}."
+            f"it would learn from pixels that no score counts. Pass loss_fn={cure}."
         )
     return asked
 
-
+# %% ../../nbs/training/50_trainer.ipynb #trainer-048
 def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception:
     """Return an error that says how to make the input, if that was what was wrong."""
     if isinstance(inputs, np.ndarray):
@@ -372,12 +369,11 @@ def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception:
     ):
         return TypeError(
             f"The input is {inputs.dtype} and the model's parameters are {wanted} ({error}). "
-            "Convert it "
-            "in the dataset: image.float(), and scale it."
+            "Convert it in the dataset: image.float(), and scale it."
         )
     return error
 
-
+# %% ../../nbs/training/50_trainer.ipynb #trainer-063
 class Evaluator:
     """A model with a loss, on a device: what scoring needs. `Trainer` is built on it."""
 
@@ -530,7 +526,7 @@ class OpenEpoch:
                 mean = self.means.setdefault(name, WeightedMean())
                 mean.update(value, batch.weight * taken)
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-062
+# %% ../../nbs/training/50_trainer.ipynb #trainer-049
 def check_parts(
     model: Any, optimizer: Any, loss_fn: Any, train_loader: Any, val_loader: Any, scheduler: Any
 ) -> None:
@@ -555,8 +551,7 @@ def check_parts(
     if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             "optimizer holds none of the model's parameters, so nothing would be learned. Build "
-            "it from "
-            "model.parameters() after the model is complete."
+            "it from model.parameters() after the model is complete."
         )
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError(
@@ -566,8 +561,7 @@ def check_parts(
     if distributed and torch.distributed.get_world_size() > 1:
         raise NotImplementedError(
             "This version trains in one process; over several, gradients of unequal batches and "
-            "scores would "
-            "be wrong. Start it without torchrun."
+            "scores would be wrong. Start it without torchrun."
         )
 
 
@@ -581,7 +575,7 @@ def check_loader(name: str, loader: Any) -> None:
     if length(loader) == 0:
         raise ValueError(f"{name} is empty: its length is 0. {EMPTY_HINT}")
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-019
+# %% ../../nbs/training/50_trainer.ipynb #trainer-065
 class Run(Evaluator):
     """The parts of a training run, its facts and its files. `Trainer` adds the loop."""
 
@@ -692,8 +686,7 @@ class Run(Evaluator):
             self._open, self._random, self._state.stop_reason = position
             raise CheckpointError(
                 f"{path} does not fit this trainer ({error}). The trainer is as it was. Build it "
-                "with the "
-                "model, optimizer and scheduler of the run that wrote the file."
+                "with the model, optimizer and scheduler of the run that wrote the file."
             ) from error
         if batch := saved["progress"]["batch"]:
             warn(
@@ -701,7 +694,7 @@ class Run(Evaluator):
                 "has learned from these batches, and the epoch begins anew."
             )
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-022
+# %% ../../nbs/training/50_trainer.ipynb #trainer-064
 def run_state_dict(run: Run) -> dict[str, Any]:
     """Return everything that a run needs to go on."""
     scheduler, groups = run.schedule.scheduler, group_settings(run.optimizer)
@@ -720,7 +713,7 @@ def run_state_dict(run: Run) -> dict[str, Any]:
         "random": run._random or random_state_of(run),
     }
 
-
+# %% ../../nbs/training/50_trainer.ipynb #trainer-077
 FORMAT = 1
 FIELDS = frozenset({
     "format", "model", "optimizer", "optimizer_built", "scheduler", "scaler", "callbacks",
@@ -733,17 +726,16 @@ def check_fields(saved: dict[str, Any], path: str | Path) -> None:
     if missing := sorted(FIELDS - saved.keys()):
         raise CheckpointError(
             f"{path} was written by another program or version: it lacks {', '.join(missing)}. "
-            "Nothing "
-            "was loaded. For the weights alone: model.load_state_dict(torch.load(path)['model'])."
+            "Nothing was loaded. For the weights alone: "
+            "model.load_state_dict(torch.load(path)['model'])."
         )
     if saved["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {saved['format']}, and this version reads format {FORMAT}. "
-            "Nothing was "
-            "loaded. Use the version that wrote it."
+            f"{path} has format {saved['format']}, and this version reads format {FORMAT}. Nothing "
+            "was loaded. Use the version that wrote it."
         )
 
-
+# %% ../../nbs/training/50_trainer.ipynb #trainer-069
 def load_run_state(run: Run, saved: dict[str, Any]) -> None:
     """Put a run where a saved one was."""
     scheduler, scaler = run.schedule.scheduler, run.precision.scaler
@@ -774,7 +766,7 @@ def load_run_state(run: Run, saved: dict[str, Any]) -> None:
     run._skips.open_epoch()
     run._open, run._random = None, saved["random"]
 
-
+# %% ../../nbs/training/50_trainer.ipynb #trainer-071
 def copy_to_host(value: Any) -> Any:
     """Return a copy of nested state, its tensors in host memory."""
     if isinstance(value, Tensor):
@@ -783,7 +775,7 @@ def copy_to_host(value: Any) -> Any:
         return {key: copy_to_host(item) for key, item in value.items()}
     return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
 
-
+# %% ../../nbs/training/50_trainer.ipynb #trainer-073
 def random_state_of(run: Run) -> dict[str, Any]:
     """Return the states of the global random generators and of the loaders' own."""
     loaders = {"train": run.train_loader, "val": run.val_loader}
@@ -807,8 +799,93 @@ def restore_random_state(run: Run) -> None:
         random.seed(run.config.seed)
         np.random.seed(run.config.seed)
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-065
-class Trainer(Run):
+# %% ../../nbs/training/50_trainer.ipynb #trainer-075
+class Session(Run):
+    """A run while `fit` works on it: what is set up, begun, closed and put back."""
+
+    def _goal(self, epochs: int | None) -> int:
+        """Return the number of epochs that a `fit` works up to."""
+        if epochs is None:
+            if self.epoch >= self.config.epochs:
+                warn(
+                    f"All {self.config.epochs} epochs of config.epochs are done, so nothing was "
+                    "trained. fit(5) would train 5 more."
+                )
+            return self.config.epochs
+        return self.epoch + whole_number("epochs", epochs, 0)
+
+    @contextlib.contextmanager
+    def _running(self, goal: int) -> Iterator[None]:
+        """Set up a run, and leave everything as it was found, however it ends."""
+        self.goal = goal
+        self._state.stop_reason = None
+        self._tell = Hooks(self.callbacks, self).tell
+        self._stepper = OptimizerStep(
+            self.model, self.optimizer, self.precision, self.config.gradient_clip
+        )
+        self._stepper.clear()
+        self.schedule.check_length(goal - self.epoch, length(self.train_loader), self.batch)
+        interrupted: list[bool] = []
+
+        def note_interrupt() -> None:
+            interrupted.append(True)
+            self.request_stop("interrupted")
+
+        with modes_restored(self.model), interrupt_noted(note_interrupt):
+            if not self.model.training:  # left so by somebody who looked at predictions
+                self.model.train()
+            try:
+                yield
+                if interrupted:
+                    self._tell("on_exception", KeyboardInterrupt(), to_all=True)
+            except BaseException as error:
+                self._abandon_window()
+                is_interrupt = isinstance(error, KeyboardInterrupt)
+                self.request_stop(
+                    "interrupted" if is_interrupt else f"{type(error).__name__}: {error}"
+                )
+                self._tell("on_exception", error, to_all=True)
+                if not is_interrupt:
+                    raise
+            finally:
+                self._stepper.clear()
+                if self._open is not None:  # a look at the loader in the pause shall change nothing
+                    self._random = random_state_of(self)
+                self._tell("on_train_end", to_all=True)
+
+    def _abandon_window(self) -> None:
+        """Drop what a window had computed; the next fit takes it anew."""
+        if self._open and self._open.window:
+            self._stepper.abandon()
+            for batch in self._open.window:
+                batch.losses, batch.probes = {}, {}  # and their graphs
+
+    def _begin_epoch(self) -> OpenEpoch:
+        """Begin an epoch: the sampler's epoch, the loader, the counts."""
+        loader = self.train_loader
+        samplers = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
+        for part in (loader, *samplers):
+            if set_epoch := getattr(part, "set_epoch", None):
+                set_epoch(self.epoch)
+        self._skips.open_epoch()
+        self._tell("on_epoch_start", self.epoch)
+        self._open = OpenEpoch(Windows(loader, self.config.accumulation_steps, self._prepare))
+        return self._open
+
+    def _close_epoch(self, epoch: OpenEpoch) -> dict[str, float]:
+        """Return the epoch's learning rate and counts; warn about skipped steps."""
+        uncounted = self._skips.uncounted()
+        skipped = self._skips.close_epoch(self.epoch, scaled=self.precision.scaler.is_enabled())
+        self._state.global_step -= uncounted
+        self._open = None
+        return {
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "train_skipped_steps": float(skipped),
+            "train_empty_batches": float(epoch.empty),
+        }
+
+# %% ../../nbs/training/50_trainer.ipynb #trainer-076
+class Trainer(Session):
     """Train a model on imagery, correctly, and obey whoever wants it to stop.
 
     Parameters
@@ -879,6 +956,8 @@ class Trainer(Run):
             self._step(window)
             if self.should_stop:
                 return False
+        if not epoch.batches:
+            self._open = None  # a later fit asks the loader anew
         epoch.check_end(self.epoch)
         return True
 
@@ -903,16 +982,19 @@ class Trainer(Run):
 
     def _update(self) -> dict[str, Tensor]:
         """Close the window with an optimizer step; return the gradient's norm before clipping."""
-        epoch, logs = self._open, {}
+        epoch = self._open
         assert epoch is not None
-        if full := [batch for batch in epoch.window if not batch.is_empty]:  # else nothing to learn
-            logs["grad_norm"], taken = self._stepper.update()
-            epoch.add_losses(full, taken)
-            self._state.global_step += taken if isinstance(taken, bool) else 1
-            self.schedule.after_step(taken)
-            self._skips.see(full, taken, self.epoch)
+        window = [batch for batch in epoch.window if not batch.is_empty]
+        if not window:  # there is nothing to learn from
+            epoch.close_window()
+            return {}
+        norm, taken = self._stepper.update()
         epoch.close_window()
-        return logs
+        epoch.add_losses(window, taken)
+        self._state.global_step += taken if isinstance(taken, bool) else 1
+        self.schedule.after_step(taken)
+        self._skips.see(window, taken, self.epoch)
+        return {"grad_norm": norm}
 
     def validate(self, loader: Any = None) -> dict[str, float]:
         """Score the model, in evaluation mode and without gradients, and return the scores.
@@ -929,88 +1011,3 @@ class Trainer(Run):
                 "val_loader."
             )
         return self._evaluate(loader) or {}
-
-    def _goal(self, epochs: int | None) -> int:
-        """Return the number of epochs that a `fit` works up to."""
-        if epochs is None:
-            if self.epoch >= self.config.epochs:
-                warn(
-                    f"All {self.config.epochs} epochs of config.epochs are done: nothing was "
-                    "trained. "
-                    "fit(5) would train 5 more."
-                )
-            return self.config.epochs
-        return self.epoch + whole_number("epochs", epochs, 0)
-
-    @contextlib.contextmanager
-    def _running(self, goal: int) -> Iterator[None]:
-        """Set up a run, and leave everything as it was found, however it ends."""
-        self.goal = goal
-        self._state.stop_reason = None
-        self._tell = Hooks(self.callbacks, self).tell
-        self._stepper = OptimizerStep(
-            self.model, self.optimizer, self.precision, self.config.gradient_clip
-        )
-        self._stepper.clear()
-        self.schedule.check_length(goal - self.epoch, length(self.train_loader), self.batch)
-        interrupted: list[bool] = []
-
-        def note_interrupt() -> None:
-            interrupted.append(True)
-            self.request_stop("interrupted")
-
-        with modes_restored(self.model), interrupt_noted(note_interrupt):
-            if not self.model.training:  # left so by somebody who looked at predictions
-                self.model.train()
-            try:
-                yield
-                if interrupted:
-                    self._tell("on_exception", KeyboardInterrupt(), to_all=True)
-            except BaseException as error:
-                self._abandon_window()
-                is_interrupt = isinstance(error, KeyboardInterrupt)
-                self.request_stop(
-                    "interrupted" if is_interrupt else f"{type(error).__name__}: {error}"
-                )
-                self._tell("on_exception", error, to_all=True)
-                if not is_interrupt:
-                    raise
-            finally:
-                self._stepper.clear()
-                if self._open is not None:  # a look at the loader in the pause shall change nothing
-                    self._random = random_state_of(self)
-                self._tell("on_train_end", to_all=True)
-
-    def _abandon_window(self) -> None:
-        """Drop what a window had computed; the next fit takes it anew."""
-        if self._open and self._open.window:
-            self._stepper.abandon()
-            for batch in self._open.window:
-                batch.losses, batch.probes = {}, {}  # and their graphs
-
-    def _begin_epoch(self) -> OpenEpoch:
-        """Begin an epoch: the sampler's epoch, the loader, the counts."""
-        loader = self.train_loader
-        for part in (
-            loader,
-            getattr(loader, "sampler", None),
-            getattr(loader, "batch_sampler", None),
-        ):
-            if set_epoch := getattr(part, "set_epoch", None):
-                set_epoch(self.epoch)
-        self._skips.open_epoch()
-        self._tell("on_epoch_start", self.epoch)
-        self._open = OpenEpoch(Windows(loader, self.config.accumulation_steps, self._prepare))
-        return self._open
-
-    def _close_epoch(self, epoch: OpenEpoch) -> dict[str, float]:
-        """Return the epoch's learning rate and counts; warn about skipped steps."""
-        uncounted = self._skips.uncounted()
-        skipped = self._skips.close_epoch(self.epoch, scaled=self.precision.scaler.is_enabled())
-        self._state.global_step -= uncounted
-        self._open = None
-        return {
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "train_skipped_steps": float(skipped),
-            "train_empty_batches": float(epoch.empty),
-        }
