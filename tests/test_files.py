@@ -303,3 +303,47 @@ def test_the_last_file_is_there_even_if_nothing_is_best(tmp_path):
         warnings.simplefilter("error")
         make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss", save_top_k=0)]).fit(2)
     assert kept(tmp_path) == ["last.pt"]
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_hostile_file_runs_nothing(tmp_path):
+    trainer = make_trainer()
+    path = trainer.save_checkpoint(tmp_path / "a.pt")
+    torch.save(torch.load(path) | {"progress": Hostile(tmp_path / "owned")}, path)
+    with pytest.raises(CheckpointError, match="damaged or is no checkpoint"):
+        trainer.load_checkpoint(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_old_file_stays_until_the_new_one_takes_its_place(tmp_path, monkeypatch):
+    trainer = make_trainer()
+    path = trainer.save_checkpoint(tmp_path / "a.pt")
+    before = path.read_bytes()
+    trainer.fit(1)
+
+    def refuse(source, target):
+        assert os.path.dirname(source) == os.path.dirname(target)
+        assert torch.load(source)["progress"]["epoch"] == 1  # the new file is complete
+        raise OSError("a crash, just before the rename")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match="just before the rename"):
+        trainer.save_checkpoint(path)
+    assert path.read_bytes() == before and kept(tmp_path) == ["a.pt"]
+
+
+def test_nan_first_is_no_reference():
+    stopping = EarlyStopping("val_loss", patience=2)
+    trainer = make_trainer(val=make_batches(1))
+    stopping.on_train_start(trainer)
+    for epoch, score in enumerate([math.nan, 0.5, math.nan, 0.4, 0.4, 0.4]):
+        assert not trainer.should_stop
+        stopping.on_scores(trainer, epoch, {"val_loss": score})
+    assert trainer.should_stop and stopping.best == 0.4

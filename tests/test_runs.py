@@ -1,6 +1,7 @@
 """Rules 7, 16, 17: schedulers, the meaning of fit, stopping, and who is told what."""
 
 import contextlib
+import math
 import signal
 import subprocess
 import sys
@@ -363,3 +364,13 @@ def test_plateau_gets_the_validation_loss():
     seen.clear()
     _, history, _ = rates_of(lambda o: Plateau(o, mode="max"), scheduler_monitor="val_IoU")
     assert seen == history["val_IoU"]
+
+
+def test_scores_that_come_later_have_nan_before():
+    trainer = make_trainer()
+    trainer.fit(2)
+    trainer.val_loader = make_batches(1)
+    history = trainer.fit(1)
+    assert [math.isnan(value) for value in history["val_loss"]] == [True, True, False]
+    trainer.val_loader = None
+    assert [math.isnan(value) for value in trainer.fit(1)["val_IoU"]] == [True, True, False, True]

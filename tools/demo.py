@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "nbs" / "tutorials" / "10_quick_start.ipynb"
@@ -22,7 +23,9 @@ def main() -> None:
     NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
     executed, page = FOLDER / "quick_start.ipynb", FOLDER / "quick_start.html"
     nbformat.write(notebook, executed)
-    page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    hidden = {"RegexRemovePreprocessor": {"patterns": [r"^#\s*\|\s*hide\b"], "enabled": True}}
+    html, _ = HTMLExporter(config=Config(hidden)).from_notebook_node(notebook)
+    page.write_text(html, encoding="utf-8")
     for cell in notebook.cells:
         if "scores" in cell.metadata.get("tags", []):
             print("".join(output.get("text", "") for output in cell.outputs).strip())

@@ -236,7 +236,7 @@ def _label_weight(
     outside = numbers.size - inside.size  # so the batch is not empty, and check_labels reports them
     return float(np.bincount(inside, minlength=len(table)) @ table) + outside
 
-# %% ../../nbs/training/40_batches.ipynb #batches-036
+# %% ../../nbs/training/40_batches.ipynb #batches-034
 def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
     """Raise a `ValueError` in plain words if a loss cannot take this output and target."""
     if isinstance(output, Mapping) and "out" not in output:
@@ -244,27 +244,32 @@ def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
     output = prediction(output)
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
         return
-    got = (
-        f"the output is {tuple(output.shape)} and the target {tuple(target.shape)}, {target.dtype}"
-    )
-    if facts.wants_classes and output.ndim > 1:
-        expected = (output.shape[0], *output.shape[2:])
-        if target.is_floating_point() and target.shape != output.shape:
-            raise ValueError(
-                f"{facts.name} wants class numbers, but {got}. Pass integers: mask.long()."
-            )
-        if not target.is_floating_point() and target.shape != expected:
-            hint = (
-                " Drop the channel: mask.squeeze(1)."
-                if target.shape == (expected[0], 1, *expected[1:])
-                else ""
-            )
-            raise ValueError(f"{facts.name} wants labels of shape {expected}, but {got}.{hint}")
     if facts.elementwise and output.shape != target.shape:
-        hint = ""
-        if target.numel() == output.numel() and output.ndim == target.ndim + 1:
-            hint = " Add the channel: mask.unsqueeze(1)."
-        raise ValueError(f"{facts.name} compares element by element, but {got}.{hint}")
+        same_but_channel = target.numel() == output.numel() and output.ndim == target.ndim + 1
+        hint = " Add the channel: mask.unsqueeze(1)." if same_but_channel else ""
+        raise ValueError(
+            f"{facts.name} compares element by element, but {_pair(output, target)}.{hint}"
+        )
+    if not facts.wants_classes or output.ndim < 2:
+        return
+    if target.is_floating_point():
+        if target.shape != output.shape:
+            raise ValueError(
+                f"{facts.name} wants class numbers, but {_pair(output, target)}. Pass integers: "
+                "mask.long()."
+            )
+    elif target.shape != (expected := output.shape[:1] + output.shape[2:]):
+        has_channel = target.shape == (*expected[:1], 1, *expected[1:])
+        hint = " Drop the channel: mask.squeeze(1)." if has_channel else ""
+        raise ValueError(
+            f"{facts.name} wants labels of shape {tuple(expected)}, but {_pair(output, target)}."
+            f"{hint}"
+        )
+
+
+def _pair(output: Tensor, target: Tensor) -> str:
+    shapes = f"the output is {tuple(output.shape)} and the target {tuple(target.shape)}"
+    return f"{shapes}, {target.dtype}"
 
 # %% ../../nbs/training/40_batches.ipynb #batches-047
 def check_labels(target: Any, num_classes: int, ignore_index: int | None) -> None:
@@ -325,8 +330,8 @@ def length(loader: Any) -> int | None:
     except TypeError:
         return None
 
-# %% ../../nbs/training/40_batches.ipynb #batches-044
-@dataclass
+# %% ../../nbs/training/40_batches.ipynb #batches-017
+@dataclass(slots=True)
 class MicroBatch:
     """A batch on its way through a step: what the loader gave, its weight, its share."""
 

@@ -304,7 +304,7 @@ def default_metrics(
         return none
     return MetricSet({"": ConfusionMatrix(classes, ignore_index, class_names)})
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-033
+# %% ../../nbs/training/50_trainer.ipynb #trainer-006
 def named_losses(loss: Any, name: str) -> dict[str, Tensor]:
     """Return a loss function's result as a dictionary of scalars with `loss` first."""
     parts = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
@@ -322,7 +322,7 @@ def named_losses(loss: Any, name: str) -> dict[str, Tensor]:
                 f"loss_fn {name} must return one number, a scalar tensor; {key!r} is of {got}. "
                 "Take the mean."
             )
-        parts[key] = value.reshape(())
+        parts[key] = value.reshape(()) if value.ndim else value
     return {"loss": parts.pop("loss"), **parts}
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-022
