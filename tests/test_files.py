@@ -215,12 +215,13 @@ def test_another_run_in_the_same_folder_deletes_and_overwrites_nothing(tmp_path)
     (tmp_path / "notes.pt").write_bytes(b"mine")
     Scores(CheckpointCallback(tmp_path, "val_IoU", "max"), [0.5])
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    Scores(CheckpointCallback(tmp_path, "val_IoU", "max"), [0.5, 0.6])
+    with pytest.warns(UserWarning, match="was moved to last-old1.pt"):
+        Scores(CheckpointCallback(tmp_path, "val_IoU", "max"), [0.5, 0.6])
     now = [path.read_bytes() for path in tmp_path.iterdir()]
     assert all(content in now for content in first.values())
     assert kept(tmp_path) == [
         "epoch=001-val_IoU=0.5000.pt", "epoch=002-val_IoU=0.6000.pt",
-        "last-v1.pt", "last.pt", "notes.pt",
+        "last-old1.pt", "last.pt", "notes.pt",
     ]  # fmt: skip
 
 

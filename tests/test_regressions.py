@@ -238,9 +238,7 @@ def test_a_loader_that_raised_is_not_taken_as_finished_silently():
     trainer = make_trainer(Failing(), epochs=1)
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.fit()
-    with pytest.warns(
-        UserWarning, match="after it had raised an error: epoch 1 has only 3 batches"
-    ):
+    with pytest.warns(UserWarning, match="raised an error on the way, so epoch 1, of 3 batches"):
         trainer.fit()
 
 
@@ -437,7 +435,7 @@ def test_a_callback_in_another_folder_owns_nothing_there(tmp_path):
     third = run("b")
     third.load_checkpoint(tmp_path / "a" / "last.pt")
     third.fit(1)
-    assert (tmp_path / "b" / "last-v1.pt").read_bytes() == before
+    assert (tmp_path / "b" / "last-old1.pt").read_bytes() == before
 
 
 def test_nan_is_never_the_best_of_all(tmp_path):
@@ -513,7 +511,7 @@ def test_two_tables_keep_their_scores_apart():
 def test_labels_of_a_function_are_looked_at_in_the_first_batch():
     loss = lambda output, target: nn.functional.cross_entropy(output, target, ignore_index=255)
     trainer = make_trainer(loss=loss)
-    with pytest.raises(ValueError, match="build the loss with ignore_index=255"):
+    with pytest.raises(ValueError, match=r"pass TrainerConfig\(ignore_index=255\)"):
         trainer.validate(make_batches(2))
 
 
@@ -565,3 +563,156 @@ def test_settings_of_the_wrong_type():
     base = make_trainer()
     with pytest.raises(TypeError, match=r"pass a list: callbacks=\[...\]"):
         Trainer(base.model, base.optimizer, base.loss_fn, [1], callbacks=EarlyStopping())
+
+
+# What a newcomer stumbled on.
+
+
+def test_a_frozen_batch_norm_stays_frozen_after_a_look_at_predictions():
+    model = small_net()
+    model[1].eval()
+    trainer = make_trainer(model=model)
+    model.eval()  # before the first fit, and between fits
+    trainer.fit(1)
+    model.eval()
+    trainer.fit(1)
+    assert not model[1].running_mean.any()
+    model.train()  # now it is meant to learn
+    trainer.fit(1)
+    assert model[1].running_mean.any()
+
+
+def test_an_unknown_score_is_not_taken_for_a_loss(tmp_path):
+    class Quality:
+        def reset(self):
+            self.value = 0.0
+
+        def update(self, output, target):
+            self.value += 1.0
+
+        def compute(self):
+            return self.value
+
+    settings = {"val": make_batches(2), "metrics": {"quality": Quality()}}
+    callback = CheckpointCallback(tmp_path, "val_quality")
+    with pytest.raises(ValueError, match="cannot tell whether 'val_quality'"):
+        make_trainer(callbacks=[callback], **settings).fit(1)
+    for mode in ("min", "max"):  # passed, and so meant
+        make_trainer(
+            callbacks=[CheckpointCallback(tmp_path / mode, "val_quality", mode)], **settings
+        ).fit(1)
+
+
+def test_a_validation_loss_that_is_not_finite_is_explained():
+    trainer = make_trainer()
+    with pytest.warns(UserWarning, match=r"of 1 batches is not finite, the first at batch index 2"):
+        scores = trainer.validate(spoiled(2, 4))
+    assert math.isnan(scores["val_loss"])
+    with pytest.raises(CheckpointError, match="best_path is None as long as"):
+        trainer.load_checkpoint(None)
+
+
+def test_parameters_that_nobody_trains_are_reported():
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[-1] = nn.Conv2d(8, 3, 1)
+    with pytest.warns(UserWarning, match="does not hold 2 .* such as 3.weight"):
+        Trainer(model, optimizer, nn.CrossEntropyLoss(), make_batches())
+
+
+def test_metrics_that_count_what_the_loss_ignores_are_reported():
+    from torchmetrics.classification import MulticlassF1Score
+
+    with pytest.warns(UserWarning, match="ignores the label 255, and the metric 'F1' does not"):
+        make_trainer(metrics={"F1": MulticlassF1Score(3)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(metrics={"F1": MulticlassF1Score(3, ignore_index=255)})
+
+
+def test_a_plateau_in_the_wrong_direction():
+    plateau = lr_scheduler.ReduceLROnPlateau
+    with pytest.raises(ValueError, match="Pass mode='max'"):
+        make_trainer(scheduler=plateau, scheduler_monitor="val_accuracy")
+    with pytest.raises(ValueError, match="Pass mode='min'"):
+        make_trainer(scheduler=lambda o: plateau(o, mode="max"))
+
+
+def test_data_without_any_valid_pixel_is_reported():
+    nothing = [(image, torch.full_like(mask, 255)) for image, mask in make_batches(2)]
+    with pytest.warns(UserWarning, match="No batch of train_loader has a valid pixel in epoch 1"):
+        make_trainer(nothing).fit(1)
+    with pytest.warns(
+        UserWarning, match="No batch of the validation loader .* ignore_index is 255"
+    ):
+        make_trainer().validate(nothing)
+
+
+def test_a_best_file_that_is_gone_is_forgotten(tmp_path):
+    callback = CheckpointCallback(tmp_path, "train_loss")
+    trainer = make_trainer(callbacks=[callback], optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    trainer.fit(1)
+    callback.best_path.unlink()
+    trainer.fit(1)
+    assert callback.best_path.is_file()
+
+
+class Samples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.zeros(4, 8, 8), torch.zeros(8, 8, dtype=torch.int64)
+
+
+def test_parts_in_the_wrong_place():
+    base = make_trainer()
+    model, optimizer, loss, batches = base.model, base.optimizer, base.loss_fn, base.train_loader
+    for parts, options, message in (
+        ((batches, batches, base.config), {}, "TrainerConfig, which has no step.* config="),
+        ((batches,), {"callbacks": ["EarlyStopping"]}, "'EarlyStopping' .* none of the hooks"),
+        ((batches,), {"callbacks": [EarlyStopping]}, "EarlyStopping is a class"),
+        ((batches,), {"config": {"epochs": 3}}, "config is a dict"),
+        ((Samples(),), {}, "is a data set, Samples, .* DataLoader"),
+        ((batches,), {"metrics": [ConfusionMatrix(3)]}, "metrics is a list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Trainer(model, optimizer, loss, *parts, **options)
+    with pytest.raises(TypeError, match=r"CrossEntropyLoss; pass an instance"):
+        Trainer(model, optimizer, nn.CrossEntropyLoss, batches)
+    with pytest.raises(ValueError, match="has an ignore_index of its own"):
+        MaskedLoss(nn.CrossEntropyLoss(reduction="none"), 255)
+    with pytest.raises(TypeError, match="target is a numpy array"):
+        make_trainer([(image, mask.numpy()) for image, mask in batches], metrics={}).fit(1)
+
+
+def test_labels_that_start_at_one():
+    batches = [(image, mask.clamp(max=2) + 1) for image, mask in make_batches(2, nodata=0.0)]
+    with pytest.raises(ValueError, match="start at 1: subtract 1"):
+        make_trainer(batches).fit(1)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    trainer = make_trainer()
+    trainer.save_checkpoint(tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="is a folder. Pass the name of a file"):
+        trainer.save_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint file at .* has last.pt"):
+        trainer.load_checkpoint(tmp_path)
+
+
+def test_figures_of_unusual_runs():
+    from ununennium.plots import plot_chips, plot_history
+
+    history = {"train_loss": [-0.1, -0.4], "val_RMSE": [3.0, 2.0], "val_IoU": [0.0, 0.0]}
+    figure = plot_history(history)
+    loss, iou, scores = figure.axes
+    assert loss.get_ylim()[0] < -0.4 and iou.get_ylim()[0] < 0 and scores.get_title() == "scores"
+    flood = torch.zeros(2, 1, 8, 8)
+    plot_chips(np.zeros((2, 1, 8, 8), np.float32), flood, flood)
+    with pytest.raises(ValueError, match="add a dimension"):
+        plot_chips(torch.zeros(4, 8, 8), torch.zeros(8, 8), torch.zeros(8, 8))
+    with pytest.raises(ValueError, match="pass ignore_index=255"):
+        plot_chips(
+            torch.zeros(2, 4, 8, 8), torch.full((2, 8, 8), 255), flood[:, 0], class_names=["a"]
+        )

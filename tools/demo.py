@@ -32,7 +32,7 @@ def main() -> None:
     print(f"Done in {time.monotonic() - start:.0f} s.")
     print(f"  the executed notebook  {executed}")
     print(f"  the page with curves   {page}")
-    print(f"  the checkpoints        {FOLDER / 'checkpoints'}")
+    print(f"  the checkpoints        {FOLDER / 'checkpoints' / 'quick-start'}")
 
 
 if __name__ == "__main__":

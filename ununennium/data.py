@@ -162,7 +162,7 @@ class SyntheticScenes(Dataset):
         image = images if self.time_steps else images[0]
         return {"image": image, "mask": mask, "name": f"scene-{self.seed}-{index:04d}"}
 
-# %% ../nbs/30_data.ipynb #data-019
+# %% ../nbs/30_data.ipynb #data-015
 def true_colour(image: Tensor, rgb: tuple[int, int, int] = (2, 1, 0)) -> Tensor:
     """Return an image `(C, H, W)` as `(H, W, 3)` in 0..1, for display.
 
@@ -172,9 +172,11 @@ def true_colour(image: Tensor, rgb: tuple[int, int, int] = (2, 1, 0)) -> Tensor:
         Any scale; zeros in all bands and values that are not finite are taken as nodata, and shown
         grey.
     rgb
-        The bands shown as red, green and blue.
+        The bands shown as red, green and blue; an image with fewer shows its first band in grey.
     """
-    colours = image.detach().cpu().float()[list(rgb)].movedim(0, -1)
+    image = torch.as_tensor(image).detach().cpu().float()
+    bands = list(rgb) if len(image) > max(rgb) else [0, 0, 0]
+    colours = image[bands].movedim(0, -1)
     valid = colours.isfinite().all(-1) & (colours != 0).any(-1)
     if not valid.any():
         return torch.full_like(colours, 0.5)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['MaskedLoss', 'count_classes', 'class_weights']
 
-# %% ../nbs/15_losses.ipynb #losses-005
+# %% ../nbs/15_losses.ipynb #losses-019
 class MaskedLoss(nn.Module):
     """The mean of an elementwise loss over valid elements.
 
@@ -31,6 +31,12 @@ class MaskedLoss(nn.Module):
         self, loss: Callable[[Tensor, Tensor], Tensor], ignore_index: int | None = None
     ) -> None:
         super().__init__()
+        if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            raise ValueError(
+                f"{type(loss).__name__} has an ignore_index of its own: "
+                f"nn.{type(loss).__name__}(ignore_index={ignore_index}). MaskedLoss is for losses "
+                "without."
+            )
         reduction = getattr(loss, "reduction", "none")
         if reduction != "none":
             raise ValueError(
@@ -88,7 +94,7 @@ def count_classes(
         counts += torch.bincount(labels, minlength=num_classes)
     return counts
 
-# %% ../nbs/15_losses.ipynb #losses-016
+# %% ../nbs/15_losses.ipynb #losses-020
 def class_weights(counts: Tensor, scheme: str = "inverse_sqrt") -> Tensor:
     """Weights for a loss, from class counts.
 
@@ -104,6 +110,7 @@ def class_weights(counts: Tensor, scheme: str = "inverse_sqrt") -> Tensor:
     Tensor
         `(K,)` float32, zero where the count is zero, mean one over the others.
     """
+    counts = torch.as_tensor(counts)
     powers = {"inverse_sqrt": -0.5, "inverse": -1.0}
     if scheme not in powers:
         raise ValueError(f"scheme={scheme!r} is not known. Pass one of {sorted(powers)}.")

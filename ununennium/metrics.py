@@ -225,7 +225,7 @@ class ConfusionMatrix:
         }
         return scores | {"accuracy": float(table.diag().sum() / table.sum())}
 
-# %% ../nbs/10_metrics.ipynb #metrics-011
+# %% ../nbs/10_metrics.ipynb #metrics-005
 class MetricSet:
     """Several metrics under one roof.
 
@@ -239,6 +239,10 @@ class MetricSet:
     """
 
     def __init__(self, metrics: Any, class_names: Sequence[str] | None = None) -> None:
+        if isinstance(metrics, (list, tuple)):
+            raise TypeError(
+                'metrics is a list; pass a dictionary with a name for each: metrics={"F1": ...}.'
+            )
         one = all(hasattr(metrics, name) for name in ("update", "compute", "reset"))
         self.metrics: dict[str, Any] = {"metric": metrics} if one else dict(metrics)
         for name, metric in self.metrics.items():

@@ -16,7 +16,7 @@ from .data import true_colour
 # %% auto #0
 __all__ = ['PALETTE', 'GREY', 'plot_history', 'plot_chips']
 
-# %% ../nbs/35_plots.ipynb #plots-005
+# %% ../nbs/35_plots.ipynb #plots-004
 PALETTE = (
     "#2c7bb6", "#1b7837", "#a6d96a", "#b8864b", "#d7191c",
     "#7b3294", "#fdae61", "#35978f", "#c994c7", "#4d4d4d",
@@ -40,9 +40,11 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Any:
     import matplotlib.pyplot as plt
 
     classes = [name for name in history if name.startswith("val_IoU/")]
+    drawn = ("val_loss", "val_IoU", "val_IoU_classes", *classes)
     panels = {
         "loss": [name for name in ("train_loss", "val_loss") if name in history],
         "IoU": [name for name in ("val_IoU", *classes) if name in history],
+        "scores": [name for name in history if name.startswith("val_") and name not in drawn],
         "learning rate": ["lr"] if len(set(history.get("lr", ()))) > 1 else [],
     }
     panels = {title: names for title, names in panels.items() if names}
@@ -56,12 +58,16 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Any:
                 label, colour, width = "mean", "black", 2.2
             if name in classes:
                 number = classes.index(name)
-                label, colour, width = name.split("/", 1)[1], PALETTE[number % len(PALETTE)], 1.2
+                label, colour, width = name.split("/", 1)[1], PALETTE[number % len(PALETTE)], 1.4
             epochs = range(1, len(history[name]) + 1)
             axis.plot(epochs, history[name], label=label, color=colour, lw=width, marker=".")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch", fontsize=9)
-        axis.set_ylim(bottom=0, top=1 if title == "IoU" else None)
+        lowest = min((value for name in names for value in history[name]), default=0.0)
+        if title == "IoU":
+            axis.set_ylim(-0.03, 1.03)
+        elif not lowest < 0:
+            axis.set_ylim(bottom=0)
         axis.tick_params(labelsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
@@ -69,11 +75,11 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Any:
             axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/35_plots.ipynb #plots-012
+# %% ../nbs/35_plots.ipynb #plots-013
 def plot_chips(
-    images: Tensor,
-    masks: Tensor,
-    predicted: Tensor,
+    images: Any,
+    masks: Any,
+    predicted: Any,
     *,
     class_names: Sequence[str] | None = None,
     ignore_index: int | None = None,
@@ -84,9 +90,9 @@ def plot_chips(
     Parameters
     ----------
     images
-        `(N, C, H, W)`.
+        `(N, C, H, W)`, tensors or arrays.
     masks, predicted
-        Class numbers `(N, H, W)`.
+        Class numbers `(N, H, W)` or `(N, 1, H, W)`.
     class_names
         Names for the legend; class numbers if None.
     ignore_index
@@ -102,21 +108,35 @@ def plot_chips(
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
-    masks, predicted = masks.cpu().long(), predicted.cpu().long()
-    valid = (
-        masks != ignore_index
+    images = torch.as_tensor(images).cpu()
+    masks, predicted = (torch.as_tensor(maps).cpu().long() for maps in (masks, predicted))
+    masks, predicted = (maps.squeeze(1) if maps.ndim == 4 else maps for maps in (masks, predicted))
+    if images.ndim != 4 or masks.shape != predicted.shape or masks.shape != images[:, 0].shape:
+        raise ValueError(
+            "plot_chips draws images (N, C, H, W) with maps (N, H, W), but got "
+            f"{tuple(images.shape)}, {tuple(masks.shape)} and {tuple(predicted.shape)}. For a "
+            "single scene, add a dimension: image[None]."
+        )
+    largest = (
+        int(torch.where(masks == ignore_index, 0, masks).max())
         if ignore_index is not None
-        else torch.ones_like(masks, dtype=torch.bool)
+        else int(masks.max())
     )
-    count = (
-        len(class_names) if class_names else int(torch.maximum(masks * valid, predicted).max()) + 1
+    count = len(class_names) if class_names else max(largest, int(predicted.max())) + 1
+    if largest >= max(count, 1) or count > 100:
+        raise ValueError(
+            f"A mask has the label {largest}. If it means no data, pass ignore_index={largest}; "
+            "else name all classes in class_names."
+        )
+    valid = (
+        torch.ones_like(masks, dtype=torch.bool) if ignore_index is None else masks != ignore_index
     )
     names = class_names or [str(number) for number in range(count)]
     colours = torch.tensor([to_rgb(PALETTE[number % len(PALETTE)]) for number in range(count)])
-    grey, red, white = (torch.tensor(to_rgb(name)) for name in (GREY, "#d7191c", "white"))
+    grey, black, white = (torch.tensor(to_rgb(name)) for name in (GREY, "black", "white"))
 
     def paint(numbers: Tensor, seen: Tensor) -> Tensor:
-        return colours[numbers * seen].where(seen[..., None], grey)
+        return colours[(numbers * seen).clamp(0, count - 1)].where(seen[..., None], grey)
 
     rows = len(images)
     figure = plt.figure(figsize=(8.2, 2.05 * rows + 0.5), layout="constrained")
@@ -124,7 +144,7 @@ def plot_chips(
     axes = figure.subplots(rows, 4, squeeze=False)
     for row, image in enumerate(images):
         wrong = (masks[row] != predicted[row])[..., None]
-        error = torch.where(wrong, red, white).where(valid[row][..., None], grey)
+        error = torch.where(wrong, black, white).where(valid[row][..., None], grey)
         maps = (paint(masks[row], valid[row]), paint(predicted[row], valid[row]), error)
         pictures = (true_colour(image, rgb), *maps)
         for axis, title, picture in zip(

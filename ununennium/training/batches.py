@@ -236,7 +236,7 @@ def _label_weight(
     outside = numbers.size - inside.size  # so the batch is not empty, and check_labels reports them
     return float(np.bincount(inside, minlength=len(table)) @ table) + outside
 
-# %% ../../nbs/training/40_batches.ipynb #batches-034
+# %% ../../nbs/training/40_batches.ipynb #batches-005
 def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
     """Raise a `ValueError` in plain words if a loss cannot take this output and target."""
     if isinstance(output, Mapping) and "out" not in output:
@@ -262,8 +262,8 @@ def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
         has_channel = target.shape == (*expected[:1], 1, *expected[1:])
         hint = " Drop the channel: mask.squeeze(1)." if has_channel else ""
         raise ValueError(
-            f"{facts.name} wants labels of shape {tuple(expected)}, but {_pair(output, target)}."
-            f"{hint}"
+            f"{facts.name} wants labels of shape {tuple(expected)}, but "
+            f"{_pair(output, target)}.{hint}"
         )
 
 
@@ -271,11 +271,17 @@ def _pair(output: Tensor, target: Tensor) -> str:
     shapes = f"the output is {tuple(output.shape)} and the target {tuple(target.shape)}"
     return f"{shapes}, {target.dtype}"
 
-# %% ../../nbs/training/40_batches.ipynb #batches-047
-def check_labels(target: Any, num_classes: int, ignore_index: int | None) -> None:
+# %% ../../nbs/training/40_batches.ipynb #batches-035
+def check_labels(
+    target: Any,
+    num_classes: int,
+    ignore_index: int | None,
+    cure: str = "build the loss with ignore_index={}",
+) -> None:
     """Raise a `ValueError` that names the labels of a host tensor that are no class.
 
-    Floats are taken as the probabilities of a yes-or-no map, which lie between 0 and 1.
+    Floats are taken as the probabilities of a yes-or-no map, which lie between 0 and 1. `cure`
+    says how to have a value ignored.
     """
     if not _is_on_host(target):
         return
@@ -290,12 +296,15 @@ def check_labels(target: Any, num_classes: int, ignore_index: int | None) -> Non
         pairs = list(zip(values.tolist(), counts.tolist(), strict=True))
         found = ", ".join(f"{value:g} ({count} times)" for value, count in pairs[:5])
         found += f" and {len(pairs) - 5} other values" if len(pairs) > 5 else ""
-        hint = ""
-        if len(pairs) == 1:
-            hint = f" If {values[0]:g} is nodata, build the loss with ignore_index={values[0]:g}."
+        if values[0] == num_classes and labels.min() == 1:
+            hint = "They seem to start at 1: subtract 1."
+        elif len(pairs) == 1:
+            hint = f"If {values[0]:g} means no data, {cure.format(values[0])}."
+        else:
+            hint = f"Correct them; or, if one of them means no data, {cure.format('that value')}."
         raise ValueError(
             f"The target has labels outside the model's {num_classes} classes 0..{largest}: "
-            f"{found}; ignore_index is {ignore_index}.{hint}"
+            f"{found}; ignore_index is {ignore_index}. {hint}"
         )
 
 # %% ../../nbs/training/40_batches.ipynb #batches-038
@@ -349,7 +358,7 @@ class MicroBatch:
         """It is known to hold no valid pixel."""
         return not isinstance(self.weight, Tensor) and self.weight == 0
 
-# %% ../../nbs/training/40_batches.ipynb #batches-046
+# %% ../../nbs/training/40_batches.ipynb #batches-036
 class Windows:
     """Read a loader in windows of batches.
 
@@ -371,7 +380,7 @@ class Windows:
         self.unprepared: list[Any] = []  # read, and stays here if prepare raises
         self.window: list[MicroBatch] = []  # stays if the loader raises, so that no batch is lost
         self.exhausted = False
-        self.raised = False  # the loader did, and has given nothing since
+        self.raised = False  # the loader has, so a batch may be missing
 
     def read(self) -> list[MicroBatch]:
         """Return the next window; an empty list at the end of the loader."""
@@ -396,6 +405,4 @@ class Windows:
         except BaseException:
             self.raised = True
             raise
-        else:
-            self.raised = False
         return not self.exhausted

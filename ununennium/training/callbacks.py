@@ -18,8 +18,8 @@ from .checkpoint import CheckpointError, copy_file
 from .state import warn
 
 # %% auto #0
-__all__ = ['HOOKS', 'MORE_IS_BETTER', 'LESS_IS_BETTER', 'Callback', 'Hooks', 'direction_of', 'Monitor', 'EarlyStopping',
-           'CheckpointCallback', 'epoch_line', 'TextProgress', 'BarProgress', 'progress_display']
+__all__ = ['HOOKS', 'MORE_IS_BETTER', 'LESS_IS_BETTER', 'DEFAULT_MODE', 'Callback', 'Hooks', 'direction_of', 'Monitor',
+           'EarlyStopping', 'CheckpointCallback', 'epoch_line', 'TextProgress', 'BarProgress', 'progress_display']
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-009
 class Callback:
@@ -119,7 +119,7 @@ def direction_of(name: str) -> str | None:
     more, less = bool(words & MORE_IS_BETTER), bool(words & LESS_IS_BETTER)
     return None if more == less else "max" if more else "min"
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-012
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-016
 class Monitor:
     """Reads one score and knows which of two values is better.
 
@@ -165,6 +165,7 @@ class Monitor:
         """Return the score; settle the direction when it is read for the first time."""
         if self.name not in logs:
             close = difflib.get_close_matches(self.name, logs, n=1, cutoff=0.7)
+            close = [name for name in (f"val_{self.name}",) if name in logs] or close
             hint = f"Did you mean {close[0]!r}?" if close else "Pass one of these as monitor."
             raise ValueError(
                 f"{self.owner} monitors {self.name!r}, which is not among the scores "
@@ -191,7 +192,7 @@ class Monitor:
             value > best + self.min_delta if self.mode == "max" else value < best - self.min_delta
         )
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-040
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-020
 class EarlyStopping(Callback):
     """Stop when a score has not improved for a while.
 
@@ -215,8 +216,10 @@ class EarlyStopping(Callback):
         *,
         mode: str = "auto",
     ) -> None:
-        if patience < 1:
-            raise ValueError(f"EarlyStopping(patience={patience}) must be at least 1.")
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(
+                f"EarlyStopping(patience={patience!r}) must be a whole number, 1 or more."
+            )
         self.monitor = Monitor(monitor, mode, min_delta, owner="EarlyStopping")
         self.patience = patience
         self._forget()
@@ -263,7 +266,11 @@ class EarlyStopping(Callback):
             state["waited"],
         )
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-014
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-027
+# "min", but another object than the "min" that somebody passes: nobody chose this one.
+DEFAULT_MODE = "".join(("m", "in"))
+
+
 class CheckpointCallback(Callback):
     """Keep the last and the best models in a folder.
 
@@ -284,13 +291,15 @@ class CheckpointCallback(Callback):
         self,
         dirpath: str | Path,
         monitor: str = "val_loss",
-        mode: str = "min",
+        mode: str = DEFAULT_MODE,
         save_top_k: int = 1,
     ) -> None:
         if save_top_k < -1:
             raise ValueError(
                 f"CheckpointCallback(save_top_k={save_top_k}) must be -1 (all), 0 or more."
             )
+        if mode is DEFAULT_MODE and direction_of(monitor) is None:
+            mode = "auto"  # nobody said that this score should be small
         self.dirpath = Path(dirpath)
         self.monitor = Monitor(monitor, mode, owner="CheckpointCallback")
         self.save_top_k = save_top_k
@@ -338,6 +347,7 @@ class CheckpointCallback(Callback):
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         """Write `last.pt`, keep a copy if it is among the best, delete the one it displaced."""
         score = logs.get(self.monitor.name, math.nan)
+        self.kept = [entry for entry in self.kept if (self.dirpath / entry[1]).is_file()]
         before = (self.kept, self.owns_last)
         last, kept = self.dirpath / "last.pt", list(self.kept)
         place = self._place(score)
@@ -346,7 +356,9 @@ class CheckpointCallback(Callback):
         dropped = kept[self.save_top_k :] if self.save_top_k >= 0 else []
         try:
             if not self.owns_last and last.exists():
-                last.rename(self._free_path(last))
+                aside = self._free_path(last, "old")
+                last.rename(aside)
+                warn(f"{last} of an earlier run was moved to {aside.name}.")
             # The file remembers itself: bookkeeping first, then the file that contains it.
             self.kept, self.owns_last = [entry for entry in kept if entry not in dropped], True
             trainer.save_checkpoint(last)
@@ -372,11 +384,11 @@ class CheckpointCallback(Callback):
         return self._free_path(self.dirpath / name).name
 
     @staticmethod
-    def _free_path(path: Path) -> Path:
+    def _free_path(path: Path, mark: str = "v") -> Path:
         free, number = path, 0
         while free.exists():
             number += 1
-            free = path.with_name(f"{path.stem}-v{number}{path.suffix}")
+            free = path.with_name(f"{path.stem}-{mark}{number}{path.suffix}")
         return free
 
     def state_dict(self) -> dict[str, Any]:
@@ -394,7 +406,7 @@ class CheckpointCallback(Callback):
         self.kept = [entry for entry in kept if (self.dirpath / entry[1]).is_file()]
         self.owns_last = here and bool(state["owns_last"])
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-001
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-034
 def epoch_line(trainer: Any, epoch: int, logs: Mapping[str, float]) -> str:
     """Return the scores of an epoch in one line."""
     parts = [f"epoch {epoch + 1}/{trainer.goal}"]
@@ -403,8 +415,11 @@ def epoch_line(trainer: Any, epoch: int, logs: Mapping[str, float]) -> str:
             continue
         parts.append(f"{name} {value:.3g}" if name == "lr" else f"{name} {value:.4f}")
         if name == "val_IoU":
-            total = sum(key.startswith("val_IoU/") for key in logs)
-            parts[-1] += f" ({logs.get('val_IoU_classes', total):.0f} of {total} classes)"
+            classes = {key[8:]: iou for key, iou in logs.items() if key.startswith("val_IoU/")}
+            averaged = {key: iou for key, iou in classes.items() if not math.isnan(iou)}
+            lowest = min(averaged, key=lambda key: averaged[key], default=None)
+            low = f", lowest {lowest} {averaged[lowest]:.3f}" if lowest is not None else ""
+            parts[-1] += f" ({len(averaged)} of {len(classes)} classes{low})"
     for name, what in (
         ("train_skipped_steps", "steps skipped"),
         ("train_empty_batches", "batches empty"),

@@ -22,7 +22,7 @@ __all__ = ['ELEMENTWISE_STATE', 'SCHEDULER_STATE', 'CheckpointError', 'write_ato
            'load_file', 'unwrap', 'bare_names', 'model_state', 'load_model', 'check_tensors', 'group_settings',
            'load_optimizer', 'load_scheduler']
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-006
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-007
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, read or applied. The message says why and what to do."""
 
@@ -38,6 +38,10 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         Writes the content to an open binary file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder. Pass the name of a file in it, such as {path / 'last.pt'}."
+        )
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +109,8 @@ def copy_file(source: Path, path: Path) -> Path:
     with open(source, "rb") as original:
         return write_atomically(path, lambda file: shutil.copyfileobj(original, file))
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-017
-def load_file(path: str | os.PathLike) -> dict[str, Any]:
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-009
+def load_file(path: str | os.PathLike | None) -> dict[str, Any]:
     """Read a checkpoint into host memory, without unpickling code.
 
     Raises
@@ -114,13 +118,17 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
     CheckpointError
         If the file is missing, damaged, or holds something else.
     """
+    if path is None:
+        raise CheckpointError(
+            "The path is None, so there is nothing to load. A callback's best_path is None as "
+            "long as no model had a score."
+        )
     path = Path(path)
     if not path.is_file():
-        there = (
-            sorted(item.name for item in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-        )
-        hint = f" The folder has {there}." if there else ""
-        raise CheckpointError(f"There is no checkpoint at {path}.{hint}")
+        folder = path if path.is_dir() else path.parent
+        there = sorted(item.name for item in folder.glob("*.pt")) if folder.is_dir() else []
+        hint = f" {folder} has {', '.join(there)}." if there else ""
+        raise CheckpointError(f"There is no checkpoint file at {path}.{hint}")
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
@@ -169,7 +177,7 @@ def load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     names = bare_names(model)
     unwrap(model).load_state_dict({names[bare]: value for bare, value in saved.items()})
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-003
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-019
 def check_tensors(
     saved: dict[str, Tensor], expected: dict[str, Tensor], path: str | os.PathLike
 ) -> None:
@@ -182,7 +190,9 @@ def check_tensors(
         if name in saved and isinstance(value, Tensor) and saved[name].shape != value.shape
     ]
     problems = [
-        f"{len(names)} {what}, such as {names[0]}" if len(names) > 1 else f"1 {what}: {names[0]}"
+        f"{len(names)} {what}, such as {names[0]}"
+        if len(names) > 1
+        else f"1 {what.replace('tensors', 'tensor')}: {names[0]}"
         for names, what in (
             (missing, "tensors missing"),
             (unknown, "tensors that the model does not have"),
