@@ -406,7 +406,7 @@ class CheckpointCallback(Callback):
         self.kept = [entry for entry in kept if (self.dirpath / entry[1]).is_file()]
         self.owns_last = here and bool(state["owns_last"])
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-034
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-003
 def epoch_line(trainer: Any, epoch: int, logs: Mapping[str, float]) -> str:
     """Return the scores of an epoch in one line."""
     parts = [f"epoch {epoch + 1}/{trainer.goal}"]
@@ -417,8 +417,8 @@ def epoch_line(trainer: Any, epoch: int, logs: Mapping[str, float]) -> str:
         if name == "val_IoU":
             classes = {key[8:]: iou for key, iou in logs.items() if key.startswith("val_IoU/")}
             averaged = {key: iou for key, iou in classes.items() if not math.isnan(iou)}
-            lowest = min(averaged, key=lambda key: averaged[key], default=None)
-            low = f", lowest {lowest} {averaged[lowest]:.3f}" if lowest is not None else ""
+            lowest = min(averaged, key=lambda key: averaged[key], default="")
+            low = f", lowest {averaged[lowest]:.3f} for {lowest}" if averaged else ""
             parts[-1] += f" ({len(averaged)} of {len(classes)} classes{low})"
     for name, what in (
         ("train_skipped_steps", "steps skipped"),
