@@ -147,7 +147,7 @@ def test_notebooks_read_as_chapters(path):
     lengths = [
         sum(bool(line.strip()) for line in "".join(c["source"]).splitlines()) for c in exported
     ]
-    assert all(length <= 180 for length in lengths), lengths
+    assert all(length <= 130 for length in lengths), lengths
     for cell in cells:
         if cell["cell_type"] == "code":
             assert not any(output["output_type"] == "error" for output in cell["outputs"])

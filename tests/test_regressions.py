@@ -605,7 +605,7 @@ def test_an_unknown_score_is_not_taken_for_a_loss(tmp_path):
 
 def test_a_validation_loss_that_is_not_finite_is_explained():
     trainer = make_trainer()
-    with pytest.warns(UserWarning, match=r"of 1 batches is not finite, the first at batch index 2"):
+    with pytest.warns(UserWarning, match=r"of 1 batch is not finite, at first at batch index 2"):
         scores = trainer.validate(spoiled(2, 4))
     assert math.isnan(scores["val_loss"])
     with pytest.raises(CheckpointError, match="best_path is None as long as"):

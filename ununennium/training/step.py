@@ -117,7 +117,7 @@ class BufferGuard:
         for buffer, kept in zip(self._buffers(), self.kept, strict=True):
             buffer.copy_(torch.where(taken, buffer, kept))
 
-# %% ../../nbs/training/45_step.ipynb #step-003
+# %% ../../nbs/training/45_step.ipynb #step-011
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """Return the 2-norm of all gradients together, a scalar tensor."""
     norms = _foreach_norm(gradients)
@@ -125,7 +125,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
         torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
     )
 
-
+# %% ../../nbs/training/45_step.ipynb #step-025
 class OptimizerStep:
     """Backward passes into a window, then one guarded update.
 
@@ -263,14 +263,23 @@ def probes(inputs: Any, target: Any, output: Any, loss: Tensor) -> dict[str, Ten
         "loss": loss.detach()
     }
 
-# %% ../../nbs/training/45_step.ipynb #step-004
+# %% ../../nbs/training/45_step.ipynb #step-027
 class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a gradient that was not finite."""
 
 
 CULPRITS = ("input", "target", "output", "loss")
+ADVICE = {
+    "input": "Look for NaN or infinity in the images, such as unmasked nodata.",
+    "target": "Look for NaN in the targets; MaskedLoss leaves them out.",
+    "output": "The model overflows: lower the learning rate, normalise the input, or try "
+    "amp_dtype='bfloat16'.",
+    "loss": "The loss overflows on finite outputs: look for log(0) or a division by zero in it.",
+    "gradient": "The backward pass overflows: lower the learning rate, or try "
+    "amp_dtype='bfloat16'.",
+}
 
-
+# %% ../../nbs/training/45_step.ipynb #step-029
 class SkipLog:
     """Counts steps that were not taken; knows the first one's batch and what was wrong with it.
 
@@ -377,17 +386,6 @@ class SkipLog:
             f"epoch {epoch + 1} from batch index {number} on, where the {culprit} was the first "
             f"thing not finite. The parameters are as they were before. {ADVICE[culprit]}"
         )
-
-
-ADVICE = {
-    "input": "Look for NaN or infinity in the images, such as unmasked nodata.",
-    "target": "Look for NaN in the targets; MaskedLoss leaves them out.",
-    "output": "The model overflows: lower the learning rate, normalise the input, or try "
-    "amp_dtype='bfloat16'.",
-    "loss": "The loss overflows on finite outputs: look for log(0) or a division by zero in it.",
-    "gradient": "The backward pass overflows: lower the learning rate, or try "
-    "amp_dtype='bfloat16'.",
-}
 
 
 def _first_culprit(window: list[MicroBatch]) -> tuple[int, str]:

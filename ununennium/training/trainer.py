@@ -63,11 +63,11 @@ from .step import OptimizerStep, Precision, SkipLog, probes, resolve_device
 # %% auto #0
 __all__ = ['EMPTY_HINT', 'FORMAT', 'FIELDS', 'whole_number', 'TrainerConfig', 'modes_restored', 'TrainingModes',
            'random_state_kept', 'interrupt_noted', 'Schedule', 'default_metrics', 'named_losses', 'agreed_ignore_index',
-           'explain_input', 'Evaluator', 'OpenEpoch', 'check_parts', 'check_loader', 'check_callbacks', 'Run',
-           'run_state_dict', 'check_fields', 'load_run_state', 'copy_to_host', 'random_state_of',
-           'restore_random_state', 'Session', 'Trainer']
+           'explain_input', 'compare_ignored', 'ignore_cure', 'warn_of_validation', 'Evaluator', 'OpenEpoch',
+           'check_parts', 'check_loader', 'check_callbacks', 'Run', 'run_state_dict', 'check_fields', 'load_run_state',
+           'copy_to_host', 'random_state_of', 'restore_random_state', 'Session', 'Trainer']
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-033
+# %% ../../nbs/training/50_trainer.ipynb #trainer-051
 def whole_number(name: str, value: Any, least: float, most: float = math.inf) -> int:
     """Return a setting as an int, or raise in plain words."""
     try:
@@ -80,7 +80,7 @@ def whole_number(name: str, value: Any, least: float, most: float = math.inf) ->
         raise ValueError(f"{name}={value!r} must be a whole number{limits}.")
     return number
 
-
+# %% ../../nbs/training/50_trainer.ipynb #trainer-063
 @dataclass
 class TrainerConfig:
     """Settings of a `Trainer`.
@@ -420,6 +420,45 @@ def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception:
     return error
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-003
+def compare_ignored(metrics: MetricSet | None, ignore_index: int | None) -> None:
+    """Warn if a metric counts pixels that the loss does not."""
+    for name, metric in metrics.metrics.items() if metrics else ():
+        parts = metric.values() if hasattr(metric, "values") else [metric]
+        counted = {getattr(part, "ignore_index", ignore_index) for part in parts}
+        if ignore_index not in (None, -100) and counted != {ignore_index}:
+            warn(
+                f"The loss ignores the label {ignore_index}, and the metric {name!r} does not. "
+                f"Build it with ignore_index={ignore_index}."
+            )
+
+
+def ignore_cure(facts: LossFacts) -> str:
+    """Return how to have a value ignored by a loss, for messages."""
+    if facts.wants_classes:
+        return "build the loss with ignore_index={}"
+    if facts.elementwise:
+        return "use MaskedLoss(loss with reduction='none', ignore_index={})"
+    return "pass TrainerConfig(ignore_index={})"
+
+
+def warn_of_validation(losses: list[tuple[int, Tensor]], ignore_index: int | None) -> None:
+    """Warn if no batch had a valid pixel, or if the loss of a numbered batch is not finite."""
+    if not losses:
+        warn(
+            f"No batch of the validation loader has a valid pixel; ignore_index is {ignore_index}."
+        )
+        return
+    finite = torch.stack([loss for _, loss in losses]).isfinite().tolist()
+    bad = [number for (number, _), fine in zip(losses, finite, strict=True) if not fine]
+    if bad:
+        batches = "1 batch" if len(bad) == 1 else f"{len(bad)} batches"
+        warn(
+            f"The validation loss of {batches} is not finite, at first at batch index {bad[0]}, "
+            "and so val_loss is not either. Look for NaN in its images. Scores take such "
+            "predictions for class 0."
+        )
+
+# %% ../../nbs/training/50_trainer.ipynb #trainer-079
 class Evaluator:
     """A model with a loss, on a device: what scoring needs. `Trainer` is built on it."""
 
@@ -438,21 +477,10 @@ class Evaluator:
         self.facts = loss_facts(self.loss_fn)
         self.ignore_index = agreed_ignore_index(config.ignore_index, self.facts)
         self.metrics = None if metrics is None else MetricSet(metrics, config.class_names)
-        self._compare_ignored()
+        compare_ignored(self.metrics, self.ignore_index)
         self.directions: dict[
             str, str
         ] = {}  # score -> "max" or "min", as losses and metrics declare
-
-    def _compare_ignored(self) -> None:
-        """Warn if a metric counts pixels that the loss does not."""
-        for name, metric in self.metrics.metrics.items() if self.metrics else ():
-            parts = metric.values() if hasattr(metric, "values") else [metric]
-            counted = {getattr(part, "ignore_index", self.ignore_index) for part in parts}
-            if self.ignore_index not in (None, -100) and counted != {self.ignore_index}:
-                warn(
-                    f"The loss ignores the label {self.ignore_index}, and the metric {name!r} does "
-                    f"not. Build it with ignore_index={self.ignore_index}."
-                )
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
         """Return a batch's input and target. Override it for batches of another shape."""
@@ -506,17 +534,9 @@ class Evaluator:
                 raise ValueError(
                     f"class_names has {len(names)} names, but the model has {classes} classes."
                 )
-            check_labels(target, classes, self.ignore_index, self._cure())
+            check_labels(target, classes, self.ignore_index, ignore_cure(self.facts))
         elif self.facts.wants_logits:
-            check_labels(target, 2, self.ignore_index, self._cure())
-
-    def _cure(self) -> str:
-        """Return how to have a value ignored, for messages."""
-        if self.facts.wants_classes:
-            return "build the loss with ignore_index={}"
-        if self.facts.elementwise:
-            return "use MaskedLoss(loss with reduction='none', ignore_index={})"
-        return "pass TrainerConfig(ignore_index={})"
+            check_labels(target, 2, self.ignore_index, ignore_cure(self.facts))
 
     # Not inference_mode: a tensor that a model caches in it could never be trained with.
     @torch.no_grad()
@@ -546,31 +566,15 @@ class Evaluator:
                     )
                 if metrics is not self.metrics and metrics.metrics:
                     classes = metrics.metrics[""].num_classes
-                    check_labels(batch.target, classes, self.ignore_index, self._cure())
+                    check_labels(batch.target, classes, self.ignore_index, ignore_cure(self.facts))
                 if metrics.metrics:
                     predicted = prediction(output)
                     is_tensor = isinstance(predicted, Tensor)
                     metrics.update(predicted.float() if is_tensor else predicted, target)
         if number < 0:
             raise ValueError(f"The validation loader gave no batch. {EMPTY_HINT}")
-        self._warn_of_validation(losses)
+        warn_of_validation(losses, self.ignore_index)
         return self._name_scores("val_", means, metrics)
-
-    def _warn_of_validation(self, losses: list[tuple[int, Tensor]]) -> None:
-        if not losses:
-            warn(
-                "No batch of the validation loader has a valid pixel; ignore_index is "
-                f"{self.ignore_index}."
-            )
-            return
-        finite = torch.stack([loss for _, loss in losses]).isfinite().tolist()
-        bad = [number for (number, _), fine in zip(losses, finite, strict=True) if not fine]
-        if bad:
-            warn(
-                f"The validation loss of {len(bad)} batches is not finite, the first at batch "
-                f"index {bad[0]}, and so val_loss is not either. Look for NaN in its images. "
-                "Scores take such predictions for class 0."
-            )
 
     def _name_scores(
         self, prefix: str, means: dict[str, WeightedMean], metrics: MetricSet | None = None
