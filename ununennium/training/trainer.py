@@ -399,9 +399,9 @@ def agreed_ignore_index(asked: int | str | None, facts: LossFacts) -> int | None
         )
     return asked
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-048
-def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception:
-    """Return an error that says how to make the input, if that was what was wrong."""
+# %% ../../nbs/training/50_trainer.ipynb #trainer-026
+def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception | None:
+    """Return an error that says how to make the input, or None if that was not what was wrong."""
     if isinstance(inputs, np.ndarray):
         return TypeError(
             "The input is a numpy array. Convert it in the dataset: torch.from_numpy(image)."
@@ -417,7 +417,7 @@ def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception:
             f"The input is {inputs.dtype} and the model's parameters are {wanted} ({error}). "
             "Convert it in the dataset: image.float(), and scale it."
         )
-    return error
+    return None
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-003
 def compare_ignored(metrics: MetricSet | None, ignore_index: int | None) -> None:
@@ -458,7 +458,7 @@ def warn_of_validation(losses: list[tuple[int, Tensor]], ignore_index: int | Non
             "predictions for class 0."
         )
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-079
+# %% ../../nbs/training/50_trainer.ipynb #trainer-075
 class Evaluator:
     """A model with a loss, on a device: what scoring needs. `Trainer` is built on it."""
 
@@ -478,9 +478,7 @@ class Evaluator:
         self.ignore_index = agreed_ignore_index(config.ignore_index, self.facts)
         self.metrics = None if metrics is None else MetricSet(metrics, config.class_names)
         compare_ignored(self.metrics, self.ignore_index)
-        self.directions: dict[
-            str, str
-        ] = {}  # score -> "max" or "min", as losses and metrics declare
+        self.directions: dict[str, str] = {}  # score -> "max" or "min", as losses and metrics say
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
         """Return a batch's input and target. Override it for batches of another shape."""
@@ -498,9 +496,7 @@ class Evaluator:
         inputs, target = self.unpack(raw)
         weight = self.batch_weight(target)
         if isinstance(weight, Tensor) and weight.device.type == "cpu":
-            weight = float(
-                weight.numpy()
-            )  # a number of the host's own; nothing waits for the device
+            weight = float(weight.numpy())  # the host's own: nothing waits for the device
         return MicroBatch(raw, inputs, target, weight, number)
 
     def _forward(self, batch: MicroBatch) -> tuple[Any, Any]:
@@ -524,7 +520,9 @@ class Evaluator:
         try:
             return self.predict(inputs)
         except (RuntimeError, TypeError) as error:
-            raise explain_input(error, inputs, self.model) from error
+            if (explained := explain_input(error, inputs, self.model)) is None:
+                raise
+            raise explained from error
 
     def _check(self, output: Any, target: Any) -> None:
         check_shapes(output, target, self.facts)
