@@ -5,12 +5,15 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import DEVICES, make_batches, make_trainer, same_state, small_net, vector
 from ununennium import Callback, TrainingDiverged
-from ununennium.training.step import Precision
+from ununennium.training.batches import MicroBatch
+from ununennium.training.step import Precision, SkipLog
 
 OPTIMIZERS = {
     "host": lambda p: torch.optim.AdamW(p, lr=0.02),
@@ -236,3 +239,30 @@ def test_clipping_off_and_the_norm_before_clipping():
     make_trainer(optimizer=sgd, callbacks=[Watch(norms)], gradient_clip=1e-3).fit(1)
     make_trainer(optimizer=sgd, callbacks=[Watch(free)], gradient_clip=0).fit(1)
     assert norms == free and min(norms) > 1e-3
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    steps=st.integers(1, 600),
+    size=st.integers(1, 3),
+    skipped=st.floats(0, 1),
+    seed=st.integers(0, 999),
+)
+def test_counting_on_the_device_is_counting_on_the_host(steps, size, skipped, seed):
+    generator = torch.Generator().manual_seed(seed)
+    host, device = SkipLog(limit=10**9), SkipLog(limit=10**9)
+    longest = run = 0
+    for step in range(steps):
+        taken = bool(torch.rand((), generator=generator) >= skipped)
+        run = 0 if taken else run + 1
+        longest = max(longest, run)
+        window = []
+        for place in range(size):
+            bad = not taken and bool(torch.rand((), generator=generator) < 0.3)
+            probes = {"output": torch.tensor(math.nan if bad else 1.0), "loss": torch.tensor(0.5)}
+            number = step * size + place
+            window.append(MicroBatch(None, None, None, 1.0, number, probes=probes))
+        host.see(window, taken, epoch=0)
+        device.see(window, torch.tensor(taken), epoch=0)
+    assert device.read() == host.read()
+    assert int(device.longest) == longest and int(device.in_a_row) == run

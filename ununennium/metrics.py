@@ -15,7 +15,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['WeightedMean', 'predicted_classes', 'count_pairs', 'iou_per_class', 'ConfusionMatrix', 'MetricSet']
 
-# %% ../nbs/10_metrics.ipynb #metrics-031
+# %% ../nbs/10_metrics.ipynb #metrics-011
 class WeightedMean:
     """The mean of values that are themselves means, each weighted by what it was divided by.
 
@@ -26,26 +26,32 @@ class WeightedMean:
         self.total: Tensor | None = None
         self.weight: Tensor | float = 0.0
 
-    def update(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
+    def update(
+        self, value: Tensor, weight: Tensor | float = 1.0, taken: Tensor | bool = True
+    ) -> None:
         """Add a value.
 
         Parameters
         ----------
         value
-            Scalar tensor. It may be NaN where `weight` is zero.
+            Scalar tensor. It may be NaN where `weight` is zero or `taken` is false.
         weight
             What the value was divided by. Zero adds nothing.
+        taken
+            Whether it counts at all; a boolean tensor if only the device knows.
         """
         value = value.detach()
         if self.total is None:
             precise = torch.float32 if value.device.type == "mps" else torch.float64
             self.total = torch.zeros((), dtype=precise, device=value.device)
         if isinstance(weight, Tensor):
+            weight = weight * taken
             self.total += torch.where(weight > 0, value * weight, 0.0)
-        elif weight:
-            self.total.add_(
-                value, alpha=weight
-            )  # multiplied and added in the precision of the total
+        elif isinstance(taken, Tensor):
+            self.total.add_(torch.where(taken, value, 0.0), alpha=weight)
+            weight = taken * weight
+        elif weight := weight * taken:
+            self.total.add_(value, alpha=weight)  # multiplied and added in the total's precision
         self.weight = self.weight + weight
 
     def compute(self) -> float:

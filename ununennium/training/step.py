@@ -125,7 +125,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
         torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
     )
 
-# %% ../../nbs/training/45_step.ipynb #step-025
+# %% ../../nbs/training/45_step.ipynb #step-003
 class OptimizerStep:
     """Backward passes into a window, then one guarded update.
 
@@ -216,7 +216,9 @@ class OptimizerStep:
     def _step_on_device(self, norm: Tensor) -> Tensor:
         taken = norm.isfinite()
         optimizer: Any = self.optimizer
-        fresh = [p for p in self.trained if "momentum_buffer" not in optimizer.state.get(p, {})]
+        has_momentum = any(group.get("momentum") for group in optimizer.param_groups)
+        sgd = self.trained if has_momentum else ()
+        fresh = [p for p in sgd if "momentum_buffer" not in optimizer.state.get(p, {})]
         optimizer.grad_scale, optimizer.found_inf = None, (~taken).float()  # as GradScaler does
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
@@ -279,7 +281,7 @@ ADVICE = {
     "amp_dtype='bfloat16'.",
 }
 
-# %% ../../nbs/training/45_step.ipynb #step-029
+# %% ../../nbs/training/45_step.ipynb #step-004
 class SkipLog:
     """Counts steps that were not taken; knows the first one's batch and what was wrong with it.
 
@@ -299,8 +301,9 @@ class SkipLog:
     def open_epoch(self) -> None:
         """Start counting anew."""
         self.count: int | Tensor = 0
-        self.first: tuple[int, str] | None = None  # number of the window's first batch, culprit
+        self.first: tuple[int, str] | None = None  # number of the batch, culprit
         self.first_on_device: Tensor | None = None  # the same as numbers, while it is not read
+        self.pending: list[tuple[list[int], list[Tensor], Tensor]] = []  # batches, probes, taken
 
     def see(self, window: list[MicroBatch], taken: bool | Tensor, epoch: int) -> None:
         """Note whether a window's step was taken."""
@@ -320,40 +323,56 @@ class SkipLog:
             self.raise_if_stuck(epoch)
 
     def _see_on_device(self, window: list[MicroBatch], taken: Tensor) -> None:
+        """Put a step aside; a few hundred are looked at together, still on the device."""
+        fine = window[0].probes["loss"].new_ones(())
+        rows = [
+            torch.stack([batch.probes.get(name, fine).float() for name in CULPRITS])
+            for batch in window
+        ]
+        self.pending.append(([batch.number for batch in window], rows, taken))
+        if len(self.pending) == 256:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Count what was put aside."""
+        if not self.pending:
+            return
+        numbers = [(step, n) for step, (batches, _, _) in enumerate(self.pending) for n in batches]
+        taken = torch.stack([step_taken for _, _, step_taken in self.pending])
+        finite = torch.stack([row for _, rows, _ in self.pending for row in rows]).isfinite()
+        self.pending = []
         device = taken.device
-        fine = torch.ones((), device=device)
-        rows = []  # for each batch: its number, and whether input, target, output, loss are finite
-        for batch in window:
-            values = torch.stack([batch.probes.get(name, fine).float() for name in CULPRITS])
-            number = torch.full((1,), batch.number, device=device)
-            rows.append(torch.cat([number, values.isfinite().long()]))
-        table = torch.stack(rows)
-        worst = (table[:, 1:] == 0).any(1).long().argmax(0, keepdim=True)  # or just the first
-        seen = table.index_select(0, worst)[0]
+        # Skipped steps in a row: the distance to the last one taken, or to the steps before these.
+        place = torch.arange(1, len(taken) + 1, device=device)
+        last = torch.where(taken, place, 0).cummax(0).values
+        runs = place - last + torch.where(last == 0, self.in_a_row, 0)
+        self.longest = torch.maximum(torch.as_tensor(self.longest, device=device), runs.max())
+        self.in_a_row = runs[-1]
+        self.count = self.count + (~taken).sum()
+        # The first skipped step, and in it the first batch with a culprit, or else its first.
+        steps, batches = torch.tensor(numbers, device=device).unbind(1)
+        skipped = ~taken.index_select(0, steps)
+        order = torch.where(skipped, 2 * steps + finite.all(1), 2 * len(taken))
+        row = order.argmin(0, keepdim=True)
+        seen = torch.cat([batches, skipped.long()]).view(2, -1).index_select(1, row).flatten()
+        seen = torch.cat([seen, finite.index_select(0, row)[0].long()])
         if self.first_on_device is None:
-            self.first_on_device = torch.full_like(seen, -1)
-        is_first = ~taken & (self.first_on_device[0] < 0)
-        self.first_on_device = torch.where(is_first, seen, self.first_on_device)
-        self.count = self.count + (~taken).long()
-        self.in_a_row = torch.where(taken, 0, self.in_a_row + 1)
-        self.longest = torch.maximum(
-            torch.as_tensor(self.longest, device=taken.device), self.in_a_row
-        )
+            self.first_on_device = torch.zeros_like(seen)
+        self.first_on_device = torch.where(self.first_on_device[1] > 0, self.first_on_device, seen)
 
     def read(self) -> tuple[int, tuple[int, str] | None]:
         """Return how many steps were skipped, and the first: its batch, what was not finite."""
+        self._fold()
         if self.first_on_device is not None:
-            number, *finite = self.first_on_device.tolist()
-            if number >= 0:
-                culprit = next(
-                    (name for name, fine in zip(CULPRITS, finite, strict=True) if not fine),
-                    "gradient",
-                )
-                self.first = (number, culprit)
+            number, was_skipped, *finite = self.first_on_device.tolist()
+            if was_skipped:
+                names = zip(CULPRITS, finite, strict=True)
+                self.first = (number, next((name for name, fine in names if not fine), "gradient"))
         return int(self.count), self.first
 
     def uncounted(self) -> int:
         """Return how many skips only the device knows of; reading them waits for it."""
+        self._fold()
         return int(self.count) if isinstance(self.count, Tensor) else 0
 
     def close_epoch(self, epoch: int, scaled: bool = False) -> int:
@@ -376,6 +395,7 @@ class SkipLog:
 
     def raise_if_stuck(self, epoch: int) -> None:
         """Raise `TrainingDiverged` if too many steps in a row were skipped."""
+        self._fold()
         if int(self.longest) < self.limit:
             return
         _, first = self.read()

@@ -585,7 +585,7 @@ class Evaluator:
             self.directions |= {f"{prefix}{name}": way for name, way in metrics.directions.items()}
         return scores
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-014
+# %% ../../nbs/training/50_trainer.ipynb #trainer-048
 @dataclass
 class OpenEpoch:
     """An epoch that has begun and is not yet in the history."""
@@ -622,7 +622,7 @@ class OpenEpoch:
         for batch in window:
             for name, value in batch.losses.items():
                 mean = self.means.setdefault(name, WeightedMean())
-                mean.update(value, batch.weight * taken)
+                mean.update(value, batch.weight, taken)
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-080
 def check_parts(
