@@ -624,7 +624,7 @@ class OpenEpoch:
                 mean = self.means.setdefault(name, WeightedMean())
                 mean.update(value, batch.weight, taken)
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-080
+# %% ../../nbs/training/50_trainer.ipynb #trainer-014
 def check_parts(
     model: Any, optimizer: Any, loss_fn: Any, train_loader: Any, val_loader: Any, scheduler: Any
 ) -> None:
@@ -649,13 +649,12 @@ def check_parts(
     check_loader("train_loader", train_loader)
     if val_loader is not None:
         check_loader("val_loader", val_loader)
-    mine = {id(parameter) for parameter in model.parameters()}
-    if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(id(p) for p in model.parameters()):
         raise ValueError(
             "optimizer holds none of the model's parameters, so nothing would be learned. Build "
             "it from model.parameters() after the model is complete."
         )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if left:
         warn(
