@@ -55,9 +55,15 @@ ALLOWED = {
     "training.callbacks": {"training.state", "training.checkpoint"},
     "training.batches": {"losses"},
     "training.step": {"training.state", "training.batches"},
+    "notebook.kernel": set(),
+    "training.runlog": {"training.state", "training.batches", "training.callbacks"},
+    "training.dashboard": {
+        "notebook.kernel", "training.state", "training.batches", "training.callbacks",
+        "training.runlog",
+    },
     "training.trainer": {
         "metrics", "training.state", "training.checkpoint", "training.callbacks",
-        "training.batches", "training.step",
+        "training.batches", "training.step", "training.dashboard",
     },
 }  # fmt: skip
 
@@ -208,3 +214,10 @@ def test_the_wheel_installs_and_imports_in_a_bare_environment(tmp_path):
     append = f"import sys; sys.path += {sorted(paths)!r};"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     print(run(python, "-c", append + code, cwd=tmp_path, env=environment))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_stay_small(path):
+    """The saved state of a chart would bring all of plotly's JavaScript with it."""
+    assert "widgets" not in json.loads(path.read_text())["metadata"]
+    assert path.stat().st_size < 1_000_000

@@ -15,7 +15,8 @@ def main(names: list[str]) -> None:
     for path in [Path(name).resolve() for name in names] or sorted(every):
         print(path.relative_to(NOTEBOOKS), flush=True)
         notebook = nbformat.read(path, as_version=4)
-        options = {"timeout": 1800, "coalesce_streams": True}
+        # The state of a chart contains all of plotly's JavaScript, five megabytes of it.
+        options = {"timeout": 1800, "coalesce_streams": True, "store_widget_state": False}
         NotebookClient(
             notebook, resources={"metadata": {"path": str(path.parent)}}, **options
         ).execute()

@@ -22,7 +22,8 @@ from ..losses import MaskedLoss
 
 # %% auto #0
 __all__ = ['CLASS_LOSSES', 'LOGIT_LOSSES', 'ELEMENT_LOSSES', 'unpack', 'move', 'prediction', 'LossFacts', 'loss_facts',
-           'batch_weight', 'check_shapes', 'check_labels', 'widen', 'start', 'length', 'MicroBatch', 'Windows']
+           'batch_weight', 'sample_count', 'check_shapes', 'check_labels', 'widen', 'start', 'length', 'MicroBatch',
+           'Windows']
 
 # %% ../../nbs/training/40_batches.ipynb #batches-008
 def unpack(batch: Any) -> tuple[Any, Any]:
@@ -185,7 +186,7 @@ def batch_weight(
         weight = loss_fn.batch_weight(target)
         return _on_host(weight).item() if _is_on_host(weight) else weight
     if not isinstance(target, Tensor):
-        return _count_samples(target)
+        return sample_count(target)
     if facts.wants_classes and target.is_floating_point():  # class probabilities (N, C, ...)
         return target.numel() / target.shape[1]
     if facts.elementwise:
@@ -195,7 +196,7 @@ def batch_weight(
     return _label_weight(target, facts.class_weight, ignore_index)
 
 # %% ../../nbs/training/40_batches.ipynb #batches-040
-def _count_samples(target: Any) -> float:
+def sample_count(target: Any) -> float:
     """Return the number of samples: of the first tensor inside, or a list's length."""
     if isinstance(target, list):
         return float(len(target))

@@ -5,12 +5,13 @@
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-037
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .state import warn
 
 # %% auto #0
 __all__ = ['HOOKS', 'MORE_IS_BETTER', 'LESS_IS_BETTER', 'DEFAULT_MODE', 'Callback', 'Hooks', 'direction_of', 'Monitor',
-           'EarlyStopping', 'CheckpointCallback', 'epoch_line', 'TextProgress', 'BarProgress', 'progress_display']
+           'EarlyStopping', 'CheckpointCallback', 'epoch_line', 'TextProgress', 'BarProgress']
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-009
 class Callback:
@@ -38,6 +39,9 @@ class Callback:
 
     def on_batch_end(self, trainer: Any, batch: Any, logs: dict[str, Any]) -> None:
         """Run after a batch; `logs` holds detached tensors on the device."""
+
+    def on_safepoint(self, trainer: Any, phase: str) -> None:
+        """Hold or save the run: it may be stopped here. `phase` is "train" or "validate"."""
 
     def on_scores(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         """Decide: all scores of the epoch are known."""
@@ -68,17 +72,18 @@ class Hooks:
 
     def __init__(self, callbacks: Iterable[Any], trainer: Any) -> None:
         self.trainer = trainer
-        self.listeners: dict[str, list[Any]] = {
-            hook: [callback for callback in callbacks if _has_hook(callback, hook)]
+        callbacks = list(callbacks)
+        self.listeners: dict[str, list[tuple[Any, Callable[..., None]]]] = {
+            hook: [(each, getattr(each, hook)) for each in callbacks if _has_hook(each, hook)]
             for hook in HOOKS
         }
 
     def tell(self, hook: str, *details: Any, to_all: bool = False) -> None:
         """Call a hook of every callback that has it; with `to_all`, also after one raised."""
         errors: list[BaseException] = []
-        for callback in self.listeners[hook]:
+        for callback, method in self.listeners[hook]:
             try:
-                getattr(callback, hook)(self.trainer, *details)
+                method(self.trainer, *details)
             except BaseException as error:
                 if getattr(callback, "is_display", False) and isinstance(error, Exception):
                     self._switch_off(callback, error)
@@ -90,8 +95,10 @@ class Hooks:
             raise errors[0]
 
     def _switch_off(self, display: Any, error: Exception) -> None:
-        for hook, callbacks in self.listeners.items():
-            self.listeners[hook] = [callback for callback in callbacks if callback is not display]
+        for hook, listeners in self.listeners.items():
+            self.listeners[hook] = [entry for entry in listeners if entry[0] is not display]
+        with contextlib.suppress(Exception):  # it may still be able to clean up
+            display.on_train_end(self.trainer)
         warn(
             f"{type(display).__name__} failed and is switched off; training goes on. "
             f"{type(error).__name__}: {error}"
@@ -506,10 +513,3 @@ class BarProgress(TextProgress):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-031
-def progress_display(progress: str) -> Callback | None:
-    """Return the display for a `TrainerConfig.progress` value, or None for no display."""
-    if progress == "auto":
-        progress = "bar" if sys.stdout.isatty() else "text"
-    return {"bar": BarProgress, "text": TextProgress}[progress]() if progress != "none" else None

@@ -38,7 +38,7 @@ from ununennium.training.batches import (
     unpack,
     widen,
 )
-from .callbacks import HOOKS, Hooks, direction_of, progress_display
+from .callbacks import HOOKS, Hooks, direction_of
 from ununennium.training.checkpoint import (
     CheckpointError,
     check_tensors,
@@ -51,6 +51,7 @@ from ununennium.training.checkpoint import (
     save_file,
     unwrap,
 )
+from .dashboard import Dashboard, progress_display
 from ununennium.training.state import (
     RunState,
     loader_generators,
@@ -114,7 +115,8 @@ class TrainerConfig:
     seed
         Seeds all random generators when training starts; None leaves them alone.
     progress
-        `"bar"`, `"text"` (a line an epoch), `"none"`, or `"auto"`: a bar in a terminal, else text.
+        `"dashboard"`, `"bar"`, `"text"` (a line an epoch), `"none"`, or `"auto"`: the dashboard in
+        a notebook, a bar in a terminal, else text.
     """
 
     epochs: int = 100
@@ -136,7 +138,7 @@ class TrainerConfig:
         choices = {
             "amp_dtype": ("float16", "bfloat16"),
             "scheduler_interval": ("auto", "epoch", "step"),
-            "progress": ("auto", "bar", "text", "none"),
+            "progress": ("auto", "dashboard", "bar", "text", "none"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -732,7 +734,7 @@ class Run(Evaluator):
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.schedule = Schedule(scheduler, self.config)
-        display = progress_display(self.config.progress)
+        display = progress_display(self.config.progress, callbacks or ())
         self.callbacks = [*(callbacks or ()), *([display] if display else [])]
         self.goal = self.config.epochs  # what the running fit works up to
         self._state = RunState()
@@ -780,6 +782,11 @@ class Run(Evaluator):
     @should_stop.setter
     def should_stop(self, stop: bool) -> None:
         self._state.stop_reason = (self.stop_reason or "should_stop was set") if stop else None
+
+    @property
+    def dashboard(self) -> Dashboard | None:
+        """The dashboard, to be shown again in another cell; None if there is none."""
+        return next((c for c in self.callbacks if isinstance(c, Dashboard)), None)
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to stop after the running step. The first reason is kept."""
@@ -970,7 +977,7 @@ class Session(Run):
         def note_interrupt() -> None:
             interrupted.append(True)
             self.request_stop("interrupted")
-            if self.config.progress != "none":
+            if self.config.progress != "none" and not (self.dashboard and self.dashboard.view):
                 print("Stopping after this step. Interrupt again to stop at once.", flush=True)
 
         with modes_restored(self.model), interrupt_noted(note_interrupt):
@@ -993,6 +1000,11 @@ class Session(Run):
                 if self._open is not None:  # a look at the loader in the pause shall change nothing
                     self._random = random_state_of(self)
                 self._tell("on_train_end", to_all=True)
+
+    def _asked_to_stop(self, phase: str) -> bool:
+        """Say whether to stop, after everybody had a chance to ask for it, or to hold the run."""
+        self._tell("on_safepoint", phase)
+        return self.should_stop
 
     def _abandon_window(self) -> None:
         """Drop what a window had computed; the next fit takes it anew."""
@@ -1077,7 +1089,7 @@ class Trainer(Session):
             return
         val_scores = {}
         if self.val_loader is not None:
-            val_scores = self._evaluate(self.val_loader, lambda: self.should_stop)
+            val_scores = self._evaluate(self.val_loader, lambda: self._asked_to_stop("validate"))
             if val_scores is None:
                 return
         scores = self._name_scores("train_", open_epoch.means) | val_scores
@@ -1095,7 +1107,7 @@ class Trainer(Session):
         while window := epoch.window or epoch.windows.read():
             epoch.window = window
             self._step(window)
-            if self.should_stop:
+            if self._asked_to_stop("train"):
                 return False
         if not epoch.batches:
             self._open = None  # a later fit asks the loader anew
