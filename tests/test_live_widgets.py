@@ -107,8 +107,14 @@ class Kernel:
     def run(self, code, timeout=60):
         return self.output(self.start(code), timeout)
 
-    def shell_replies(self, count, timeout=30):
-        return [self.client.get_shell_msg(timeout=timeout) for _ in range(count)]
+    def reply(self, msg_id, timeout=5):
+        """Return the reply to a message on the shell channel; earlier ones are dropped."""
+        end = time.time() + timeout
+        while (reply := self.client.get_shell_msg(timeout=timeout))["parent_header"][
+            "msg_id"
+        ] != msg_id:
+            assert time.time() < end
+        return reply
 
 
 @pytest.fixture(scope="module", params=ROUTES, ids=lambda p: "-".join(p))
@@ -220,10 +226,9 @@ def test_a_page_that_is_loaded_anew_gets_its_widgets(kernel):
     )
     assert kernel.button in states["content"]["data"]["states"]
     request = kernel.send("comm_info_request", {"target_name": "jupyter.widget"}, kernel.subshell)
-    end = time.time() + 5
-    while (reply := kernel.client.get_shell_msg(timeout=5))["parent_header"]["msg_id"] != request:
-        assert time.time() < end
-    assert kernel.button in reply["content"]["comms"]
+    assert kernel.button in kernel.reply(request)["content"]["comms"]
+    request = kernel.send("kernel_info_request", {}, kernel.subshell)
+    assert kernel.reply(request)["content"]["implementation"] == "ipython"
     kernel.click(kernel.button)
     assert kernel.output(cell).strip() == "1"
 

@@ -65,16 +65,16 @@ class FrontEnd:
         self.page.goto(f"{self.server.url}/{part}/{quote(self.file.name)}")
         self._wait_open(kernel)
 
-    def reload(self) -> None:
-        """Load the page again; the kernel goes on."""
+    def reload(self, *, idle: bool = True) -> None:
+        """Load the page again; the kernel goes on, and is `idle` unless a cell still runs."""
         self.page.reload()
-        self._wait_open(True)
+        self._wait_open(True, idle)
 
-    def _wait_open(self, kernel: bool) -> None:
+    def _wait_open(self, kernel: bool, idle: bool = True) -> None:
         cells = len(self.read()["cells"])
         expect(self.page.locator(".jp-Notebook .jp-Cell")).to_have_count(cells, timeout=WAIT * 1000)
         if kernel:
-            self.wait_idle()
+            self.wait_idle() if idle else self.wait(self._connected, "the kernel is connected")
             taken = f"{self.front} took the comms setting {self.comms} (Notebook takes none)"
             self.wait(lambda: self.kernel("k.commsOverSubshells") == self.comms, taken, 5)
         else:  # asked which kernel to take instead
@@ -102,10 +102,13 @@ class FrontEnd:
             f"(() => {{ const k = {session}?.kernel; return {expression} }})()"
         )
 
+    def _connected(self) -> bool:
+        return self.kernel("k?.connectionStatus === 'connected'")
+
     def wait_idle(self, timeout: float = WAIT) -> None:
         """Wait until the kernel is connected and has nothing to do."""
-        ready = "k?.connectionStatus === 'connected' && k.status === 'idle'"
-        self.wait(lambda: self.kernel(ready), "the kernel is idle", timeout)
+        idle = "k?.status === 'idle'"
+        self.wait(lambda: self._connected() and self.kernel(idle), "the kernel is idle", timeout)
 
     def cell(self, i: int) -> Locator:
         """Locate the i-th code cell."""
@@ -148,7 +151,15 @@ class FrontEnd:
         return self.page.locator(".jp-Cell-outputArea button").filter(has_text=exact)
 
     def click(self, text: str, timeout: float = WAIT) -> None:
-        """Click that button; there must be one."""
+        """Click that button, of which there must be one, as late as a person would.
+
+        Until the kernel has made the subshell for a new widget, which takes a tenth of a second,
+        a click goes to the main shell and waits there for the running cell.
+        """
+        self.button(text).wait_for(timeout=timeout * 1000)
+        if self.comms != "disabled":
+            made = "!k.supportsSubshells || [...k._comms.values()].every(c => c.subshellId)"
+            self.wait(lambda: self.kernel(made), "every widget has a subshell", timeout)
         self.button(text).click(timeout=timeout * 1000)
 
     def interrupt(self) -> None:

@@ -76,6 +76,20 @@ def test_saved_outputs_are_there_again_with_the_kernel_and_without(open_notebook
 
 
 @pytest.mark.parametrize("front", FRONTS)
+def test_a_page_loaded_again_while_a_cell_runs_finds_its_kernel(open_notebook, front):
+    go = f"go-again-{front}"
+    first = f"import os, time\nwhile not os.path.exists({go!r}): time.sleep(0.05)\nlate = 'ly'"
+    notebook = open_notebook(front, [first, "print('late' + late)"])
+    notebook.run_cell(0)
+    notebook.reload(idle=False)
+    assert notebook.kernel() != "idle"
+    notebook.file.with_name(go).touch()
+    notebook.wait_idle()
+    notebook.run_cell(1)
+    notebook.wait_output(1, "lately")
+
+
+@pytest.mark.parametrize("front", FRONTS)
 def test_a_file_that_changed_on_disk_is_overwritten(open_notebook, front):
     notebook = open_notebook(front, ["print('ours')"])
     notebook.run_cell(0, wait=True)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 # %% auto #0
-__all__ = ['COMM_MESSAGES', 'running_kernel', 'has_front_end', 'comm_message', 'answer', 'list_comms', 'LiveWidgets', 'ShellTap',
-           'interrupts_held', 'live_widgets']
+__all__ = ['QUESTIONS', 'CAUGHT', 'running_kernel', 'has_front_end', 'caught_message', 'answer', 'kernel_info_of', 'comms_of',
+           'LiveWidgets', 'ShellTap', 'interrupts_held', 'live_widgets']
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-005
 def running_kernel() -> Any | None:
@@ -40,16 +40,17 @@ def has_front_end() -> bool:
     return "cellId" in metadata or "google.colab" in sys.modules
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-009
-COMM_MESSAGES = frozenset({"comm_open", "comm_msg", "comm_close", "comm_info_request"})
+QUESTIONS = frozenset({"kernel_info_request", "comm_info_request"})
+CAUGHT = QUESTIONS | {"comm_open", "comm_msg", "comm_close"}
 
 
-def comm_message(kernel: Any, frames: list[Any]) -> tuple[list[bytes], dict[str, Any]] | None:
-    """Return the sender's identity and the message if it is about comms, else None."""
+def caught_message(kernel: Any, frames: list[Any]) -> tuple[list[bytes], dict[str, Any]] | None:
+    """Return the sender's identity and the message if it is to be caught, else None."""
     session = kernel.session
     try:
         identity, parts = session.feed_identities(frames, copy=False)
         header = session.deserialize(parts, content=False, copy=False)["header"]
-        if header["msg_type"] not in COMM_MESSAGES:
+        if header["msg_type"] not in CAUGHT:
             return None
         return identity, session.deserialize(parts, content=True, copy=False)
     except Exception:  # not signed, or cut off: the kernel shall say so, as always
@@ -57,27 +58,36 @@ def comm_message(kernel: Any, frames: list[Any]) -> tuple[list[bytes], dict[str,
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-011
 def answer(kernel: Any, identity: list[bytes], message: dict[str, Any]) -> None:
-    """Handle a comm message as the kernel would if it were not busy."""
+    """Handle a message as the kernel would if it were not busy."""
     kind = message["header"]["msg_type"]
     kernel._publish_status("busy", "shell", parent=message)
-    if kind == "comm_info_request":
-        list_comms(kernel, identity, message)
+    if kind in QUESTIONS:
+        ask = comms_of if kind == "comm_info_request" else kernel_info_of
+        reply = {"status": "ok"} | ask(kernel, message["content"])
+        kind = kind.replace("request", "reply")
+        kernel.session.send(kernel.shell_stream, kind, reply, message, identity)
     else:
         kernel.shell_handlers[kind](kernel.shell_stream, identity, message)
     kernel._publish_status("idle", "shell", parent=message)
     kernel._publish_status("busy", "shell")
 
 
-def list_comms(kernel: Any, identity: list[bytes], message: dict[str, Any]) -> None:
-    """Reply which comms there are, of one target or of all."""
-    wanted = message["content"].get("target_name")
-    comms = {
-        name: {"target_name": comm.target_name}
-        for name, comm in list(kernel.comm_manager.comms.items())
-        if wanted in (None, comm.target_name)
+def kernel_info_of(kernel: Any, content: dict[str, Any]) -> dict[str, Any]:
+    """Return what kernel this is."""
+    return kernel.kernel_info
+
+
+def comms_of(kernel: Any, content: dict[str, Any]) -> dict[str, Any]:
+    """Return which comms there are, of one target or of all."""
+    wanted = content.get("target_name")
+    comms = list(kernel.comm_manager.comms.items())
+    return {
+        "comms": {
+            key: {"target_name": c.target_name}
+            for key, c in comms
+            if wanted in (None, c.target_name)
+        }
     }
-    reply = {"comms": comms, "status": "ok"}
-    kernel.session.send(kernel.shell_stream, "comm_info_reply", reply, message, identity)
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-013
 class LiveWidgets:
@@ -129,7 +139,7 @@ class ShellTap(LiveWidgets):
         """Return a function that answers comm messages and passes all others on."""
 
         def receive(frames: list[Any]) -> Any:
-            found = comm_message(self.kernel, frames) if self.is_open else None
+            found = caught_message(self.kernel, frames) if self.is_open else None
             return pass_on(frames) if found is None else self._answer(*found)
 
         return receive

@@ -181,13 +181,22 @@ MOST_CURVES = 12
 
 @dataclass
 class Curve:
-    """Points `(N,)` under a name; `style` is faint, line, thin, or dotted (a line with points)."""
+    """Points `(N,)`, their name and their look.
+
+    Parameters
+    ----------
+    style
+        `faint`, `thin`, `line`, `points`, or `dotted`, a line with points.
+    is_named
+        Whether the legend has it. Curves of one colour share an entry.
+    """
 
     name: str
     x: np.ndarray
     y: np.ndarray
     colour: str
     style: str = "line"
+    is_named: bool = True
 
 
 def epoch_curve(name: str, values: list[float], colour: str, style: str, most: int = 500) -> Curve:
@@ -201,9 +210,13 @@ def loss_curves(log: RunLog) -> list[Curve]:
     """Return the loss of the steps, smoothed, of the epochs, and in validation."""
     x, y = log.losses.points()
     blue, orange = COLOURS[:2]
-    curves = [Curve("train, step", x, y, blue, "faint")]
-    curves.append(Curve("train, smoothed", x, smooth(y), blue))
-    curves.append(epoch_curve("train, epoch", log.history.get("train_loss", []), blue, "points"))
+    epochs = epoch_curve("train, epoch", log.history.get("train_loss", []), blue, "points")
+    epochs.is_named = False
+    curves = [
+        Curve("train, step", x, y, blue, "faint", False),
+        Curve("train", x, smooth(y), blue),
+        epochs,
+    ]
     if "val_loss" in log.history:
         curves.append(epoch_curve("validation", log.history["val_loss"], orange, "dotted"))
     return curves
@@ -234,7 +247,7 @@ def score_curves(log: RunLog) -> list[Curve]:
 
 def rate_curves(log: RunLog) -> list[Curve]:
     """Return the learning rate."""
-    return [Curve("learning rate", *log.rates.points(), COLOURS[2])]
+    return [Curve("learning rate", *log.rates.points(), COLOURS[2], is_named=False)]
 
 # %% ../../nbs/training/55_runlog.ipynb #runlog-016
 def duration(seconds: float) -> str:
@@ -385,11 +398,11 @@ def svg_panel(title: str, curves: list[Curve], left: int, width: int, height: in
             for i in np.flatnonzero(drawn):
                 cx, cy = at(float(x[i]), float(y[i])).split(",")
                 parts.append(f'<circle cx="{cx}" cy="{cy}" r="2.2" fill="{curve.colour}"/>')
-        if across < right - 60:
+        if curve.is_named and across < right - 60:
             parts.append(
                 f'<text x="{across}" y="35" fill="{curve.colour}">{html.escape(curve.name)}</text>'
             )
-        across += 14 + 6 * len(curve.name)
+            across += 14 + 6 * len(curve.name)
     return "".join(parts)
 
 
@@ -481,6 +494,7 @@ class RunRecorder(Callback):
         self.notes.append((self.came, now, logs.get("train_loss"), rate))
         if now >= self.look_at:
             self.samples = sample_count(batch)
+            self.collect()
             self.look(trainer)
             self.ended = time.perf_counter()
         elif len(self.notes) == 512:

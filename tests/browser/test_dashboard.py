@@ -1,0 +1,290 @@
+"""The dashboard in a real browser: clicks while a cell trains, for every kernel and front end."""
+
+import json
+import re
+import time
+
+import kernels
+import pytest
+
+FRONTS = ("lab", "notebook")
+ROUTES = [(v, "disabled") for v in kernels.VERSIONS] + [
+    (v, "perCommTarget") for v in kernels.VERSIONS if v.startswith("7")
+]
+SLOW = 0.5  # seconds: a step, or a batch of a validation, in which somebody clicks
+GRACE = 2.0  # seconds that a click may take beyond the running step, on a busy machine too
+
+# A model whose batches take as long as we like.
+SETUP = """
+import time, torch
+from torch import nn
+from ununennium import Callback, Dashboard, Trainer, TrainerConfig
+torch.set_num_threads(1)
+pause = {"train": 0.02, "validate": 0.02}
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+    def forward(self, image):
+        time.sleep(pause["train" if self.training else "validate"])
+        return self.conv(image)
+class Times(Callback):
+    def on_batch_end(self, trainer, batch, logs):
+        self.step = time.time()
+    def on_train_end(self, trainer):
+        self.end = time.time()
+images = torch.randn(6, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+batches = [(image, image.argmax(1)) for image in images]
+times = Times()
+def make_trainer(*callbacks, **settings):
+    torch.manual_seed(0)
+    model = Slow()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = TrainerConfig(**({"epochs": 1000, "device": "cpu"} | settings))
+    return Trainer(model, optimizer, nn.CrossEntropyLoss(), batches, batches[:3],
+                   callbacks=[times, *callbacks], config=config)
+trainer = make_trainer()
+def train(**slow):
+    pause.update({"train": 0.02, "validate": 0.02}, **slow)
+    trainer.fit()
+    print("returned", times.end, trainer.stop_reason, "steps", trainer.global_step)
+print("ready")
+"""
+
+
+def status(front, i):
+    """Return the status line, or nothing where there is none yet."""
+    found = front.output(i).locator(".widget-html-content")
+    return found.first.inner_text() if found.count() else ""
+
+
+def wait_state(front, i, *words, timeout=30):
+    front.wait(
+        lambda: any(f"● {word}" in status(front, i) for word in words), f"it says {words}", timeout
+    )
+
+
+def click(front, i, text):
+    """Click a button of the i-th cell; return when."""
+    button = front.output(i).get_by_role("button", name=text, exact=True)
+    return button.evaluate("b => { const now = Date.now(); b.click(); return now / 1000 }")
+
+
+def returned(front, i):
+    """Wait for the end of the i-th cell's fit; return when that was, and the rest of the line."""
+    front.wait_output(i, "returned")
+    found = re.search(r"returned ([\d.]+) (.*)", front.output(i).inner_text())
+    return float(found[1]), found[2]
+
+
+@pytest.fixture
+def notebook(open_notebook):
+    """A notebook with what the cells need, and these cells."""
+
+    def notebook(front, *cells, setup=SETUP, **settings):
+        front = open_notebook(front, [setup, *cells], **settings)
+        front.run_cell(0, wait=True)
+        front.wait_output(0, "ready")
+        return front
+
+    return notebook
+
+
+LATENCIES = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(request):
+    """Print what was measured, in milliseconds beyond the step that was running."""
+    yield
+    if not LATENCIES:
+        return
+    what = list(next(iter(LATENCIES.values())))
+    lines = [["ipykernel", "comms", "front end", *what], ["---"] * (3 + len(what))]
+    lines += [[*key, *(f"{row[w] * 1000:.0f}" for w in what)] for key, row in LATENCIES.items()]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    reporter.write_line(f"\nMilliseconds from a click to its effect:\n{text}")
+
+
+@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.parametrize(("version", "comms"), ROUTES)
+def test_buttons(notebook, front, version, comms):
+    """Every button, in a step and in a validation, with a cell queued behind."""
+    own = (
+        "import ipywidgets\nclicks = []\nmine = ipywidgets.Button(description='mine')\n"
+        "mine.on_click(lambda _: clicks.append(1))\ndisplay(mine)"
+    )
+    cells = (
+        f"train(train={SLOW})",
+        "print('queued', len(trainer.history['train_loss']))",
+        f"train(validate={SLOW})",
+        "train()",
+        own,
+        "train()",
+        "print('clicks', len(clicks))",
+    )
+    page = notebook(front, *cells, version=version, comms=comms)
+    late = {}
+
+    page.queue(1, 2)
+    wait_state(page, 1, "running")
+    time.sleep(2 * SLOW)
+    clicked = click(page, 1, "Stop")
+    end, rest = returned(page, 1)
+    late["Stop in a step"] = end - clicked
+    assert rest.startswith("Stop button steps ")
+    wait_state(page, 1, "stopped: Stop button")
+    page.wait_output(2, "queued")
+
+    page.queue(3)
+    wait_state(page, 3, "validating")
+    clicked = click(page, 3, "Stop")
+    end, _ = returned(page, 3)
+    late["Stop in validation"] = end - clicked
+
+    page.queue(4)
+    wait_state(page, 4, "running", "validating")
+    folder = page.server.root / "checkpoints"
+    before = set(folder.glob("*.pt"))
+    clicked = click(page, 4, "Checkpoint")
+    page.wait(lambda: set(folder.glob("*.pt")) - before, "there is a checkpoint", 5)
+    (made,) = set(folder.glob("*.pt")) - before
+    late["Checkpoint"] = made.stat().st_mtime - clicked
+    page.wait(lambda: "saved checkpoints/" in status(page, 4), "it says so", 5)
+
+    click(page, 4, "Pause")
+    wait_state(page, 4, "paused")
+    at = status(page, 4)
+    time.sleep(0.5)
+    assert status(page, 4) == at  # nothing moves
+    click(page, 4, "Resume")
+    wait_state(page, 4, "running", "validating")
+    clicked = click(page, 4, "Stop")
+    end, _ = returned(page, 4)
+    late["Stop"] = end - clicked
+
+    page.run_cell(5, wait=True)
+    page.queue(6)
+    wait_state(page, 6, "running", "validating")
+    page.button("mine").evaluate("b => { for (let i = 0; i < 100; i++) b.click() }")
+    click(page, 6, "Stop")
+    returned(page, 6)
+    page.run_cell(7, wait=True)
+    page.wait_output(7, "clicks 100")
+
+    LATENCIES[version, comms, front] = late
+    for what, latency in late.items():
+        step = SLOW if " in " in what else 0.02
+        assert latency < step + GRACE, what
+    assert not page.errors
+
+
+@pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
+@pytest.mark.parametrize("front", FRONTS)
+def test_interrupt(notebook, front, version):
+    """The kernel's own interrupt: no traceback, the history comes back, and training can go on."""
+    cells = ("history = trainer.fit()", "print(len(history['train_loss']) > 0)", "train()")
+    page = notebook(front, *cells, version=version)
+    page.queue(1)
+    wait_state(page, 1, "running", "validating")
+    page.wait(lambda: "epoch 1 of" not in status(page, 1), "an epoch is done")
+    page.interrupt()
+    wait_state(page, 1, "stopped: interrupted")
+    page.wait_done(1)
+    assert "Traceback" not in page.output(1).inner_text()
+    page.run_cell(2, wait=True)
+    page.wait_output(2, "True")
+    page.queue(3)
+    wait_state(page, 3, "running", "validating")
+    click(page, 3, "Pause")
+    wait_state(page, 3, "paused")
+    page.interrupt()  # a paused run can be interrupted too
+    assert returned(page, 3)[1].startswith("interrupted")
+
+
+@pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
+@pytest.mark.parametrize("front", FRONTS)
+def test_reload(notebook, front, version, tmp_path):
+    """A page that is loaded anew in mid-training gets charts and buttons back, and the end."""
+    page = notebook(front, "train()", version=version)
+    page.queue(1)
+    wait_state(page, 1, "running", "validating")
+    page.wait(lambda: "epoch 1 of" not in status(page, 1), "an epoch is done")
+    page.save()
+    page.reload(idle=False)
+    wait_state(page, 1, "running", "validating")
+    lines = page.output(1).locator(".js-plotly-plot .scatterlayer path.js-line")
+    page.wait(lambda: lines.count() >= 5, "the curves are drawn")
+    at = status(page, 1)
+    page.wait(lambda: status(page, 1) != at, "it is alive")
+    click(page, 1, "Stop")
+    wait_state(page, 1, "stopped: Stop button")
+    page.wait(lambda: lines.count() >= 5, "the curves stay")
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_the_record_stays(notebook, front):
+    """Without a kernel the notebook shows picture and table; it is small; another cell has it too."""
+    cells = ("trainer = make_trainer(epochs=5); h = trainer.fit()", "trainer.dashboard")
+    page = notebook(front, *cells)
+    page.run_cell(1, wait=True)
+    wait_state(page, 1, "done")
+    page.run_cell(2, wait=True)
+    wait_state(page, 2, "done")
+    page.save()
+    (output,) = page.read()["cells"][1]["outputs"]
+    assert set(output["data"]) >= {"text/plain", "text/html"}
+    assert page.file.stat().st_size < 300_000
+    page.shutdown_kernel()
+    page.open(kernel=False)
+    for i in (1, 2):
+        page.wait_output(i, "History of 5 epochs")
+        picture = page.output(i).locator("img")
+        assert picture.evaluate("i => i.complete && i.naturalWidth > 500")
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_an_error_in_the_run(notebook, front):
+    """The error is shown as always, and the dashboard says that and why the run failed."""
+    bad = "class Bad(Callback):\n    def on_epoch_end(self, *_):\n        raise ValueError('no disk')\n"
+    page = notebook(front, f"{bad}make_trainer(Bad()).fit()", "print('alive')")
+    page.queue(1)
+    wait_state(page, 1, "failed: ValueError: no disk")
+    page.wait_output(1, "Traceback")
+    page.run_cell(2, wait=True)
+    page.wait_output(2, "alive")
+
+
+def test_a_closed_tab(notebook, server):
+    """Nobody looks any more: training ends as if nothing had happened."""
+    page = notebook("lab", "make_trainer(epochs=20).fit(); open('ended', 'w').write('yes')")
+    page.queue(1)
+    wait_state(page, 1, "running", "validating")
+    page.page.goto("about:blank")
+    ended = page.file.parent / "ended"
+    page.wait(ended.exists, "the run ends")
+
+
+def test_where_dashboards_are_many(notebook):
+    """Only the latest views stay widgets; the cells before them keep the record."""
+    cells = ["make_trainer(epochs=2).fit();"] * 5
+    page = notebook("lab", *cells)
+    for i in range(1, 6):
+        page.run_cell(i, wait=True)
+    wait_state(page, 5, "done")
+    page.wait_output(1, "History of 2 epochs")
+    assert page.output(1).locator(".js-plotly-plot").count() == 0
+    wait_state(page, 2, "done")
+
+
+def test_kernel_can_be_told_to_save_the_notebook(notebook):
+    """Saved in mid-run, the notebook holds the widget's name and says what it is without it."""
+    page = notebook("lab", "train()")
+    page.queue(1)
+    wait_state(page, 1, "running", "validating")
+    page.save()
+    text = json.dumps(page.read()["cells"][1]["outputs"])
+    assert "widget-view+json" in text and "running" in text
+    click(page, 1, "Stop")
+    returned(page, 1)

@@ -1,0 +1,432 @@
+"""The run log and the dashboard, without a kernel; and that a display can never end training."""
+
+import itertools
+import json
+import math
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_batches, make_trainer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ununennium.training.dashboard as module
+from ununennium import Callback, CheckpointCallback, Dashboard
+from ununennium.notebook.kernel import LiveWidgets, has_front_end
+from ununennium.training.dashboard import Output, Pace, View, progress_display
+from ununennium.training.runlog import (
+    RunLog,
+    RunRecorder,
+    Series,
+    duration,
+    jumps,
+    limits,
+    picture,
+    record_html,
+    smooth,
+    status_html,
+    ticks,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 300), max_size=12), st.sampled_from([2, 4, 10, 64]))
+def test_a_series_keeps_the_mean_however_it_is_filled(sizes, capacity):
+    values = np.random.default_rng(0).normal(size=sum(sizes))
+    series, start = Series(capacity), 0
+    for size in sizes:
+        series.extend(range(start, start + size), values[start : start + size])
+        start += size
+    x, y = series.points()
+    assert len(x) <= capacity + 1
+    assert np.all(np.diff(x) > 0)
+    if len(values):
+        rest = len(values) - (len(x) - 1) * series.stride
+        counts = np.full(len(x), series.stride)
+        counts[-1] = rest
+        assert 0 < rest <= series.stride
+        np.testing.assert_allclose(np.average(y, weights=counts), values.mean(), atol=1e-12)
+
+
+def test_a_series_leaves_nan_out_of_its_means():
+    series = Series(2)
+    series.extend(range(8), [1.0, math.nan, math.nan, math.nan, math.nan, math.nan, 7.0, 9.0])
+    np.testing.assert_array_equal(series.points()[1], [1.0, 8.0])
+
+
+def test_smoothing_follows_and_ignores_nan():
+    values = np.array([math.nan, 2.0, math.nan, 4.0])
+    np.testing.assert_array_equal(smooth(values, share=0.5), [math.nan, 2.0, 2.0, 4.0])
+    assert len(smooth(np.empty(0))) == 0
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_round_inside_and_few(low, span):
+    found = ticks(low, low + span)
+    assert len(found) <= 7
+    slack = 1e-6 * (abs(low) + span)
+    assert all(low - slack <= tick <= low + span + slack for tick in found)
+
+
+def test_limits_of_nothing_and_of_one_value():
+    assert limits([]) == (0.0, 1.0)
+    assert limits([np.array([math.nan, 2.0])]) == (1.5, 2.5)
+
+
+def test_durations_read_well():
+    assert [duration(s) for s in (0.4, 59.6, 61, 3600, 90061)] == [
+        "0 s", "1 min 00 s", "1 min 01 s", "1 h 00 min", "25 h 01 min",
+    ]  # fmt: skip
+
+
+def test_jumps_of_plateaus_only():
+    assert jumps([1.0] * 4 + [0.1] * 4 + [0.05]) == [4, 8]
+    assert jumps([1.0, 0.5, 0.25, 0.125, 0.06]) == []
+    assert jumps([0.0, 0.0, 0.0, 0.1]) == [3]
+
+
+def test_the_recorder_keeps_every_loss():
+    losses = []
+
+    class Note(Callback):
+        def on_batch_end(self, trainer, batch, logs):
+            losses.append(float(logs["train_loss"]))
+
+    recorder = RunRecorder()
+    trainer = make_trainer(make_batches(5), make_batches(2), callbacks=[Note(), recorder])
+    trainer.fit(3)
+    log = recorder.log
+    x, y = log.losses.points()
+    np.testing.assert_allclose(y, losses, rtol=1e-6)
+    np.testing.assert_allclose(x, np.arange(1, 16) / 5)
+    assert log.state == "done" and log.epoch == log.goal == 3
+    assert log.history == trainer.history
+    assert 0 <= log.waiting < 1 and log.samples_per_second > 0 and log.memory > 10_000_000
+
+
+def test_the_recorder_goes_on_after_a_stop_and_begins_anew_for_another_trainer():
+    recorder = RunRecorder()
+
+    class StopAt(Callback):
+        def on_batch_end(self, trainer, batch, logs):
+            if trainer.global_step == 7:
+                trainer.request_stop("enough")
+
+    trainer = make_trainer(make_batches(5), callbacks=[recorder, StopAt()])
+    trainer.fit(3)
+    assert (recorder.log.state, recorder.log.reason) == ("stopped", "enough")
+    trainer.callbacks.pop(1)
+    trainer.fit(2)
+    x, _ = recorder.log.losses.points()
+    np.testing.assert_allclose(x, np.arange(1, 16) / 5)
+    make_trainer(make_batches(2), callbacks=[recorder]).fit(1)
+    assert len(recorder.log.losses.points()[0]) == 2
+
+
+def test_marks_of_the_learning_rate_and_of_the_best_model(tmp_path):
+    recorder = RunRecorder()
+    trainer = make_trainer(
+        make_batches(4), make_batches(1), callbacks=[recorder, CheckpointCallback(tmp_path)]
+    )
+    trainer.optimizer.param_groups[0]["lr"] = 0.5
+    trainer.schedule.scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 2)
+    trainer.schedule.pace = "epoch"
+    trainer.fit(3)
+    texts = [mark.text for mark in recorder.log.marks]
+    assert "lr 0.5 → 0.05" in texts and texts.count("best") == 1
+
+
+def test_the_recorder_reads_nothing_from_the_device_in_a_step(monkeypatch):
+    """Until somebody looks. `torch.cat` is where losses are read."""
+    reads = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *a, **k: reads.append(1) or cat(*a, **k))
+    recorder = RunRecorder()
+    recorder.look = lambda trainer: None
+    make_trainer(make_batches(100), callbacks=[recorder]).fit(1)
+    assert len(reads) <= 1
+
+
+def long_log(epochs=100, classes=6, steps=50_000):
+    log = RunLog(state="done", epoch=epochs, goal=epochs)
+    random = np.random.default_rng(0)
+    log.losses.extend(np.linspace(0, epochs, steps), random.random(steps))
+    names = ["train_loss", "val_loss", "val_IoU", *(f"val_IoU/class {c}" for c in range(classes))]
+    log.history = {name: list(random.random(epochs)) for name in names}
+    for number in range(20):
+        log.mark(number, f"mark {number}")
+    return log
+
+
+@pytest.mark.parametrize(("epochs", "classes"), [(0, 0), (1, 0), (1, 3), (100, 6), (3000, 60)])
+def test_the_record_is_small_and_well_formed(epochs, classes):
+    import xml.etree.ElementTree
+
+    log = long_log(epochs, classes, steps=epochs * 100)
+    assert len(record_html(log)) < 200_000
+    xml.etree.ElementTree.fromstring(picture(log))
+
+
+def test_nothing_from_the_outside_is_taken_for_html():
+    log = long_log(2, 0)
+    log.state, log.reason, log.note = "failed", "ValueError: <b>&", "<i>"
+    log.history["val_IoU"] = log.history["val_IoU/<script>"] = [0.5, 0.5]
+    for text in (record_html(log), status_html(log)):
+        assert "<script>" not in text and "<b>&" not in text and "<i>" not in text
+    assert "<script>" not in picture(log)
+
+
+def test_a_run_of_only_nan_can_be_drawn():
+    log = long_log(3)
+    log.losses = Series()
+    log.losses.extend([1, 2, 3], [math.nan] * 3)
+    log.history = {"train_loss": [math.nan] * 3, "val_IoU": [math.nan] * 3}
+    record_html(log)
+    status_html(log)
+
+
+# A kernel that is not there: widgets work without one, and what is displayed is kept here.
+
+
+class Display:
+    def __init__(self):
+        self.shown = []
+
+    def display(self, forms, raw):
+        self.shown.append(forms)
+
+    update = display
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Let dashboards believe that somebody looks; return what they show."""
+    pytest.importorskip("anywidget")
+    pytest.importorskip("plotly")
+    display = Display()
+    monkeypatch.setattr(module, "running_kernel", lambda: "a kernel")
+    monkeypatch.setattr(module, "has_front_end", lambda: True)
+    monkeypatch.setattr("IPython.display.DisplayHandle", lambda: display)
+    return display.shown
+
+
+class Clicks(Callback):
+    """Click buttons after these steps."""
+
+    def __init__(self, dashboard, **steps):
+        self.dashboard, self.steps = dashboard, steps
+
+    def on_batch_end(self, trainer, batch, logs):
+        for name, step in self.steps.items():
+            if trainer.global_step == step:
+                self.dashboard.view.buttons[name].click()
+
+
+def test_a_dashboard_ends_with_the_record(shown):
+    dashboard = Dashboard()
+    trainer = make_trainer(make_batches(4), make_batches(2), callbacks=[dashboard])
+    trainer.fit(3)
+    assert trainer.dashboard is dashboard
+    first, last = shown
+    widget = "application/vnd.jupyter.widget-view+json"
+    assert first[widget] == last[widget] and "History of 3 epochs" in last["text/html"]
+    assert len(json.dumps(last)) < 300_000
+    assert {trace.name for trace in dashboard.view.figure.data} >= {"train", "validation", "mean"}
+    assert dashboard.view.buttons["Stop"].disabled
+    assert dashboard._repr_mimebundle_()[widget] == last[widget]
+
+
+def test_stop_button(shown):
+    dashboard = Dashboard()
+    trainer = make_trainer(make_batches(6), callbacks=[dashboard, Clicks(dashboard, Stop=4)])
+    trainer.fit(3)
+    assert trainer.stop_reason == "Stop button" and trainer.global_step == 4
+    assert dashboard.log.state == "stopped"
+    trainer.callbacks.pop()
+    trainer.fit(1)
+    assert trainer.global_step == 6 and dashboard.log.state == "done"
+    assert "application/vnd.jupyter.widget-view+json" not in shown[2]  # the first cell: record only
+
+
+def test_checkpoint_button(shown, tmp_path):
+    dashboard = Dashboard()
+    callbacks = [dashboard, Clicks(dashboard, Checkpoint=2)]
+    callbacks.append(CheckpointCallback(tmp_path / "run"))
+    trainer = make_trainer(make_batches(6), make_batches(1), callbacks=callbacks)
+    trainer.fit(1)
+    other = make_trainer(make_batches(6), make_batches(1))
+    with pytest.warns(UserWarning, match="after batch 2 of epoch 1"):
+        other.load_checkpoint(tmp_path / "run" / "step=000002.pt")
+    assert other.global_step == 2
+    assert ("saved", 2 / 6) in [(m.text, pytest.approx(m.position)) for m in dashboard.log.marks]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_no_more(shown, tmp_path):
+    (tmp_path / "file").write_text("")
+    dashboard = Dashboard(checkpoint_dir=tmp_path / "file" / "folder")
+    trainer = make_trainer(make_batches(6), callbacks=[dashboard, Clicks(dashboard, Checkpoint=2)])
+    trainer.fit(1)
+    assert trainer.global_step == 6 and dashboard.log.note.startswith("not saved: ")
+
+
+def test_stop_and_checkpoint_in_one_step_do_both(shown, tmp_path):
+    dashboard = Dashboard(checkpoint_dir=tmp_path)
+    clicks = Clicks(dashboard, Checkpoint=3, Stop=3)
+    trainer = make_trainer(make_batches(6), callbacks=[dashboard, clicks])
+    trainer.fit(1)
+    assert trainer.global_step == 3 and (tmp_path / "step=000003.pt").exists()
+
+
+def test_pause_holds_until_resume(shown):
+    """Clicks come from a thread, as with recent kernels."""
+    import threading
+
+    dashboard = Dashboard()
+    trainer = make_trainer(make_batches(6), callbacks=[dashboard, Clicks(dashboard, Pause=2)])
+    seen = []
+
+    def click_later():
+        while dashboard.log.state != "paused":
+            time.sleep(0.01)
+        steps = trainer.global_step
+        time.sleep(0.3)
+        seen.append((steps, trainer.global_step, dashboard.view.buttons["Pause"].description))
+        dashboard.view.buttons["Pause"].click()
+
+    thread = threading.Thread(target=click_later)
+    thread.start()
+    trainer.fit(2)
+    thread.join()
+    assert seen == [(2, 2, "Resume")]
+    assert trainer.global_step == 12 and dashboard.log.state == "done"
+    assert dashboard.trained < 0.3  # the pause is no work
+
+
+def test_a_paused_run_can_be_stopped(shown):
+    import threading
+
+    dashboard = Dashboard()
+    trainer = make_trainer(make_batches(6), callbacks=[dashboard, Clicks(dashboard, Pause=2)])
+    threading.Timer(0.5, lambda: trainer.request_stop("enough")).start()
+    trainer.fit(2)
+    assert trainer.global_step == 2 and dashboard.log.reason == "enough"
+
+
+def test_pictures_have_the_same_parameters_as_none(shown):
+    runs = []
+    for callbacks in ([], [Dashboard()]):
+        trainer = make_trainer(make_batches(6), make_batches(2), callbacks=callbacks)
+        trainer.fit(3)
+        runs.append((list(trainer.model.parameters()), trainer.history))
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(a, b)
+    assert repr(runs[0][1]) == repr(runs[1][1])
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (View, "__init__"), (View, "show_status"), (View, "show_curves"), (Output, "__init__"),
+        (Output, "keep_record"), (RunRecorder, "refresh"), (RunRecorder, "collect"),
+        (RunRecorder, "on_epoch_end"), (RunRecorder, "on_safepoint"), (Pace, "timed"),
+    ],
+    ids=lambda part: getattr(part, "__name__", part),
+)  # fmt: skip
+def test_a_display_that_fails_never_ends_training(shown, monkeypatch, place, name):
+    """Broken anywhere: one warning, the same result, and the kernel's messages are let go."""
+    taps = []
+
+    class Tap(LiveWidgets):
+        def __init__(self):
+            super().__init__()
+            taps.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            taps.remove(self)
+
+    monkeypatch.setattr(module, "live_widgets", Tap)
+    trainer = make_trainer(make_batches(6), make_batches(2))
+    trainer.fit(2)
+    expected = [p.clone() for p in trainer.model.parameters()]
+
+    def fail(*args, **options):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(place, name, fail)
+    trainer = make_trainer(make_batches(6), make_batches(2), callbacks=[Dashboard()])
+    with pytest.warns(UserWarning, match="Dashboard failed and is switched off.*broken") as caught:
+        trainer.fit(2)
+    assert len(caught) == 1
+    assert trainer.epoch == 2 and not taps
+    assert all(torch.equal(a, b) for a, b in zip(expected, trainer.model.parameters(), strict=True))
+
+
+def test_views_of_long_ago_are_freed(shown):
+    import ipywidgets
+
+    before = None
+    for _ in range(8):
+        make_trainer(make_batches(1), callbacks=[Dashboard()]).fit(1)
+        count = len(ipywidgets.widgets.widget._instances)
+        if before is not None:
+            assert count <= before
+        before = count if len(module._outputs) == module.MOST_VIEWS else None
+    assert before is not None
+
+
+def test_a_pace_spends_its_share():
+    """On a made-up clock: drawings of 20 ms, looked for every millisecond, for 100 s."""
+    clock = [0.0]
+    pace, spent = Pace(share=0.01, least=0.5, advance=0.1), 0.0
+    pace.start = pace.next = 0.0
+    original, module.time.perf_counter = time.perf_counter, lambda: clock[0]
+    try:
+        for _ in itertools.takewhile(lambda _: clock[0] < 100, itertools.count()):
+            clock[0] += 0.001
+            if clock[0] >= pace.next:
+                with pace.timed():
+                    clock[0] += 0.02
+                    spent += 0.02
+    finally:
+        module.time.perf_counter = original
+    assert 0.9 < spent < 0.01 * 100 + 0.1 + 0.021
+
+
+# Which display, where.
+
+
+def test_headless_runs_need_no_widgets(monkeypatch):
+    assert not has_front_end()
+    assert type(progress_display("auto")).__name__ in ("BarProgress", "TextProgress")
+    assert progress_display("none") is None
+    dashboard = Dashboard()
+    make_trainer(make_batches(2), callbacks=[dashboard]).fit(2)  # shows nothing, records all
+    assert dashboard.view is None and dashboard.log.epoch == 2
+    assert "History of 2 epochs" in dashboard._repr_mimebundle_()["text/html"]
+
+
+def test_a_dashboard_of_the_users_is_not_doubled(shown):
+    trainer = make_trainer(make_batches(2), callbacks=[Dashboard()], progress="auto")
+    assert sum(getattr(callback, "is_display", False) for callback in trainer.callbacks) == 1
+    assert type(progress_display("auto")) is Dashboard
+
+
+def test_missing_libraries_are_named(shown, monkeypatch):
+    monkeypatch.setattr(module, "missing_libraries", lambda: ["plotly"])
+    with pytest.warns(
+        UserWarning, match=re.escape("needs plotly: pip install 'ununennium[notebook]'")
+    ):
+        progress_display("auto")
+    with pytest.raises(ImportError, match="needs plotly"):
+        progress_display("dashboard")
+
+
+def test_a_dashboard_where_there_is_no_kernel():
+    with pytest.raises(ValueError, match="needs a Jupyter kernel"):
+        make_trainer(make_batches(2), progress="dashboard")
