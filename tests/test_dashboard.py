@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import make_batches, make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ununennium.training.dashboard as module
+from conftest import make_batches, make_trainer
 from ununennium import Callback, CheckpointCallback, Dashboard
 from ununennium.notebook.kernel import LiveWidgets, has_front_end
 from ununennium.training.dashboard import Output, Pace, View, progress_display
@@ -25,6 +25,7 @@ from ununennium.training.runlog import (
     jumps,
     limits,
     picture,
+    picture_html,
     record_html,
     smooth,
     status_html,
@@ -166,7 +167,7 @@ def test_the_record_is_small_and_well_formed(epochs, classes):
     import xml.etree.ElementTree
 
     log = long_log(epochs, classes, steps=epochs * 100)
-    assert len(record_html(log)) < 200_000
+    assert len(record_html(log) + picture_html(log)) < 200_000
     xml.etree.ElementTree.fromstring(picture(log))
 
 
@@ -185,6 +186,7 @@ def test_a_run_of_only_nan_can_be_drawn():
     log.losses.extend([1, 2, 3], [math.nan] * 3)
     log.history = {"train_loss": [math.nan] * 3, "val_IoU": [math.nan] * 3}
     record_html(log)
+    picture_html(log)
     status_html(log)
 
 
@@ -210,6 +212,7 @@ def shown(monkeypatch):
     monkeypatch.setattr(module, "running_kernel", lambda: "a kernel")
     monkeypatch.setattr(module, "has_front_end", lambda: True)
     monkeypatch.setattr("IPython.display.DisplayHandle", lambda: display)
+    monkeypatch.setattr("IPython.display.display", display.display)
     return display.shown
 
 
@@ -226,17 +229,40 @@ class Clicks(Callback):
 
 
 def test_a_dashboard_ends_with_the_record(shown):
+    import ipywidgets
+
+    before = set(ipywidgets.widgets.widget._instances)
     dashboard = Dashboard()
     trainer = make_trainer(make_batches(4), make_batches(2), callbacks=[dashboard])
     trainer.fit(3)
     assert trainer.dashboard is dashboard
-    first, last = shown
-    widget = "application/vnd.jupyter.widget-view+json"
-    assert first[widget] == last[widget] and "History of 3 epochs" in last["text/html"]
-    assert len(json.dumps(last)) < 300_000
-    assert {trace.name for trace in dashboard.view.figure.data} >= {"train", "validation", "mean"}
+    live, charts, table = shown
+    assert module.WIDGET in live
+    names = {trace["name"] for trace in charts[module.PLOTLY]["data"]}
+    assert names >= {"train", "validation", "mean"} and "<img" in charts["text/html"]
+    assert "History of 3 epochs" in table["text/html"]
+    assert len(json.dumps(shown)) < 300_000
+    assert dashboard.view is None
+    assert set(ipywidgets.widgets.widget._instances) == before  # nothing is left behind
+    dashboard._ipython_display_()
+    assert shown[3:] == [charts, table]
+
+
+def test_a_page_that_was_loaded_anew_keeps_its_widgets(shown):
+    dashboard = Dashboard()
+
+    class Load(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            state = dashboard.view.figure.get_state()
+            assert {trace["name"] for trace in state["_widget_data"]} >= {"train"}
+
+    trainer = make_trainer(make_batches(4), make_batches(2), callbacks=[dashboard, Load()])
+    trainer.fit(1)
+    assert "run trainer.dashboard in a cell" in dashboard.view.status.value
     assert dashboard.view.buttons["Stop"].disabled
-    assert dashboard._repr_mimebundle_()[widget] == last[widget]
+    trainer.callbacks.pop()
+    trainer.fit(1)
+    assert dashboard.view is None
 
 
 def test_stop_button(shown):
@@ -248,7 +274,6 @@ def test_stop_button(shown):
     trainer.callbacks.pop()
     trainer.fit(1)
     assert trainer.global_step == 6 and dashboard.log.state == "done"
-    assert "application/vnd.jupyter.widget-view+json" not in shown[2]  # the first cell: record only
 
 
 def test_checkpoint_button(shown, tmp_path):
@@ -367,19 +392,6 @@ def test_a_display_that_fails_never_ends_training(shown, monkeypatch, place, nam
     assert all(torch.equal(a, b) for a, b in zip(expected, trainer.model.parameters(), strict=True))
 
 
-def test_views_of_long_ago_are_freed(shown):
-    import ipywidgets
-
-    before = None
-    for _ in range(8):
-        make_trainer(make_batches(1), callbacks=[Dashboard()]).fit(1)
-        count = len(ipywidgets.widgets.widget._instances)
-        if before is not None:
-            assert count <= before
-        before = count if len(module._outputs) == module.MOST_VIEWS else None
-    assert before is not None
-
-
 def test_a_pace_spends_its_share():
     """On a made-up clock: drawings of 20 ms, looked for every millisecond, for 100 s."""
     clock = [0.0]
@@ -408,7 +420,7 @@ def test_headless_runs_need_no_widgets(monkeypatch):
     dashboard = Dashboard()
     make_trainer(make_batches(2), callbacks=[dashboard]).fit(2)  # shows nothing, records all
     assert dashboard.view is None and dashboard.log.epoch == 2
-    assert "History of 2 epochs" in dashboard._repr_mimebundle_()["text/html"]
+    assert "History of 2 epochs" in module.record_forms(dashboard.log)[1]["text/html"]
 
 
 def test_a_dashboard_of_the_users_is_not_doubled(shown):

@@ -6,10 +6,19 @@ import time
 
 import kernels
 import pytest
+from nbconvert import HTMLExporter
 
 FRONTS = ("lab", "notebook")
-ROUTES = [(v, "disabled") for v in kernels.VERSIONS] + [
-    (v, "perCommTarget") for v in kernels.VERSIONS if v.startswith("7")
+# Comms over the main shell or a subshell, which ipykernel 6 has not; Notebook leaves no choice.
+ROUTES = [
+    (version, comms, front)
+    for version in kernels.VERSIONS
+    for comms, front in (
+        ("disabled", "lab"),
+        ("perCommTarget", "lab"),
+        ("perCommTarget", "notebook"),
+    )
+    if version.startswith("7") or (comms == "disabled") == (front == "lab")
 ]
 SLOW = 0.5  # seconds: a step, or a batch of a validation, in which somebody clicks
 GRACE = 2.0  # seconds that a click may take beyond the running step, on a busy machine too
@@ -53,9 +62,9 @@ print("ready")
 
 
 def status(front, i):
-    """Return the status line, or nothing where there is none yet."""
-    found = front.output(i).locator(".widget-html-content")
-    return found.first.inner_text() if found.count() else ""
+    """Return the status line of widgets or record, or nothing where there is none yet."""
+    found = front.output(i).get_by_text("●")
+    return found.first.locator("xpath=ancestor::div[1]/..").inner_text() if found.count() else ""
 
 
 def wait_state(front, i, *words, timeout=30):
@@ -100,16 +109,15 @@ def table(request):
     if not LATENCIES:
         return
     what = list(next(iter(LATENCIES.values())))
-    lines = [["ipykernel", "comms", "front end", *what], ["---"] * (3 + len(what))]
+    lines = [["ipykernel", "route", "front end", *what], ["---"] * (3 + len(what))]
     lines += [[*key, *(f"{row[w] * 1000:.0f}" for w in what)] for key, row in LATENCIES.items()]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     reporter.write_line(f"\nMilliseconds from a click to its effect:\n{text}")
 
 
-@pytest.mark.parametrize("front", FRONTS)
-@pytest.mark.parametrize(("version", "comms"), ROUTES)
-def test_buttons(notebook, front, version, comms):
+@pytest.mark.parametrize(("version", "comms", "front"), ROUTES)
+def test_buttons(notebook, version, comms, front):
     """Every button, in a step and in a validation, with a cell queued behind."""
     own = (
         "import ipywidgets\nclicks = []\nmine = ipywidgets.Button(description='mine')\n"
@@ -146,11 +154,13 @@ def test_buttons(notebook, front, version, comms):
     page.queue(4)
     wait_state(page, 4, "running", "validating")
     folder = page.server.root / "checkpoints"
-    before = set(folder.glob("*.pt"))
     clicked = click(page, 4, "Checkpoint")
-    page.wait(lambda: set(folder.glob("*.pt")) - before, "there is a checkpoint", 5)
-    (made,) = set(folder.glob("*.pt")) - before
-    late["Checkpoint"] = made.stat().st_mtime - clicked
+
+    def written():
+        return [t for file in folder.glob("*.pt") if (t := file.stat().st_mtime) > clicked]
+
+    page.wait(written, "there is a checkpoint", 5)
+    late["Checkpoint"] = written()[0] - clicked
     page.wait(lambda: "saved checkpoints/" in status(page, 4), "it says so", 5)
 
     click(page, 4, "Pause")
@@ -173,11 +183,12 @@ def test_buttons(notebook, front, version, comms):
     page.run_cell(7, wait=True)
     page.wait_output(7, "clicks 100")
 
-    LATENCIES[version, comms, front] = late
+    route = "subshell" if comms == "perCommTarget" and version.startswith("7") else "main shell"
+    LATENCIES[version, route, front] = late
     for what, latency in late.items():
         step = SLOW if " in " in what else 0.02
         assert latency < step + GRACE, what
-    assert not page.errors
+    assert front == "notebook" or not page.errors  # Notebook always has some of its own
 
 
 @pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
@@ -225,7 +236,7 @@ def test_reload(notebook, front, version, tmp_path):
 
 @pytest.mark.parametrize("front", FRONTS)
 def test_the_record_stays(notebook, front):
-    """Without a kernel the notebook shows picture and table; it is small; another cell has it too."""
+    """Without a kernel the notebook shows charts and table, in another cell too, and is small."""
     cells = ("trainer = make_trainer(epochs=5); h = trainer.fit()", "trainer.dashboard")
     page = notebook(front, *cells)
     page.run_cell(1, wait=True)
@@ -233,21 +244,24 @@ def test_the_record_stays(notebook, front):
     page.run_cell(2, wait=True)
     wait_state(page, 2, "done")
     page.save()
-    (output,) = page.read()["cells"][1]["outputs"]
-    assert set(output["data"]) >= {"text/plain", "text/html"}
     assert page.file.stat().st_size < 300_000
     page.shutdown_kernel()
     page.open(kernel=False)
     for i in (1, 2):
         page.wait_output(i, "History of 5 epochs")
-        picture = page.output(i).locator("img")
-        assert picture.evaluate("i => i.complete && i.naturalWidth > 500")
+        lines = page.output(i).locator(".js-plotly-plot .scatterlayer path.js-line")
+        page.wait(lambda lines=lines: lines.count() >= 5, "the curves are drawn")
+    html, _ = HTMLExporter().from_filename(str(page.file))
+    page.page.set_content(html)
+    picture = page.page.locator("img[alt='loss and scores by epoch']").first
+    page.wait(lambda: picture.evaluate("i => i.complete && i.naturalWidth > 500"), "a picture")
+    assert "History of 5 epochs" in html and "Loading widget" not in page.page.inner_text("body")
 
 
 @pytest.mark.parametrize("front", FRONTS)
 def test_an_error_in_the_run(notebook, front):
     """The error is shown as always, and the dashboard says that and why the run failed."""
-    bad = "class Bad(Callback):\n    def on_epoch_end(self, *_):\n        raise ValueError('no disk')\n"
+    bad = "class Bad(Callback):\n    def on_epoch_end(self, *_): raise ValueError('no disk')\n"
     page = notebook(front, f"{bad}make_trainer(Bad()).fit()", "print('alive')")
     page.queue(1)
     wait_state(page, 1, "failed: ValueError: no disk")
@@ -266,19 +280,7 @@ def test_a_closed_tab(notebook, server):
     page.wait(ended.exists, "the run ends")
 
 
-def test_where_dashboards_are_many(notebook):
-    """Only the latest views stay widgets; the cells before them keep the record."""
-    cells = ["make_trainer(epochs=2).fit();"] * 5
-    page = notebook("lab", *cells)
-    for i in range(1, 6):
-        page.run_cell(i, wait=True)
-    wait_state(page, 5, "done")
-    page.wait_output(1, "History of 2 epochs")
-    assert page.output(1).locator(".js-plotly-plot").count() == 0
-    wait_state(page, 2, "done")
-
-
-def test_kernel_can_be_told_to_save_the_notebook(notebook):
+def test_a_notebook_saved_in_mid_run(notebook):
     """Saved in mid-run, the notebook holds the widget's name and says what it is without it."""
     page = notebook("lab", "train()")
     page.queue(1)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ from ununennium.training.runlog import (
     RunLog,
     RunRecorder,
     loss_curves,
+    picture_html,
     position,
     rate_curves,
     record_html,
@@ -34,8 +37,8 @@ from ununennium.training.runlog import (
 from .state import warn
 
 # %% auto #0
-__all__ = ['INK', 'WIDGET', 'MOST_VIEWS', 'figure_class', 'plotly_style', 'empty_figure', 'ruler_class', 'View', 'bundle',
-           'Output', 'show', 'Pace', 'Dashboard', 'missing_libraries', 'progress_display']
+__all__ = ['INK', 'WIDGET', 'PLOTLY', 'figure_class', 'plotly_style', 'empty_figure', 'ruler_class', 'View', 'live_forms',
+           'record_forms', 'Output', 'Pace', 'enable_widgets', 'Dashboard', 'missing_libraries', 'progress_display']
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-024
 @functools.cache
@@ -44,10 +47,11 @@ def figure_class() -> type:
     from plotly.graph_objects import FigureWidget
 
     class LiveFigure(FigureWidget):
-        is_made = False
+        is_made = was_loaded_anew = False
 
         def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
             if key is None and self.is_made:  # a new page wants all of it
+                self.was_loaded_anew = True
                 self._trait_values["_widget_data"] = copy.deepcopy(self._data)
                 self._trait_values["_widget_layout"] = copy.deepcopy(self._layout)
             return super().get_state(key, drop_defaults)
@@ -66,7 +70,7 @@ def plotly_style(curve: Curve) -> dict[str, Any]:
         "name": curve.name,
         "mode": mode,
         "line": {"color": curve.colour, "width": width},
-        "marker": {"color": curve.colour, "size": 5},
+        "marker": {"color": curve.colour, "size": 4 if curve.style == "points" else 5},
         "opacity": 0.35 if curve.style == "faint" else 1.0,
         "hovertemplate": "%{y:.4g}",
     }
@@ -161,15 +165,22 @@ class View:
             [self.status, bar],
             layout={"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "4px 16px"},
         )
-        self.figure, self.ruler = empty_figure(height), ruler_class()()
-        self.box = ipywidgets.VBox([top, self.ruler, self.figure], layout={"max_width": "1400px"})
-        self._drawn: dict[str, list[str]] = {}  # the curves of each panel
+        self.figure = empty_figure(height)
+        self.box = ipywidgets.VBox(
+            [top, ruler_class()(), self.figure], layout={"max_width": "1400px"}
+        )
+        self._drawn: dict[str, list[tuple[str, str]]] = {}  # name and style of each panel's curves
         self._marked: list[Mark] = []
 
     @property
     def model_id(self) -> str:
         """The name by which front ends know the widget."""
         return self.box.model_id
+
+    @property
+    def was_loaded_anew(self) -> bool:
+        """Whether a page has asked for the widgets that did not see them being made."""
+        return self.figure.was_loaded_anew
 
     def show_status(self, log: RunLog) -> None:
         """Show state and facts; a run that is over has no use for buttons."""
@@ -184,9 +195,9 @@ class View:
         if epoch_is_new:
             panels["3"] = score_curves(log)
         for panel, curves in panels.items():
-            names = [curve.name for curve in curves]
-            if self._drawn.get(panel) != names:
-                self._drawn[panel] = names
+            looks = [(curve.name, curve.style) for curve in curves]
+            if self._drawn.get(panel) != looks:
+                self._drawn[panel] = looks
                 self._begin_panel(panel, curves)
         traces = {(trace.yaxis, trace.name): trace for trace in self.figure.data}
         with self.figure.batch_update():
@@ -199,7 +210,7 @@ class View:
                 self._show_marks()
 
     def _begin_panel(self, panel: str, curves: list[Curve]) -> None:
-        """Make a panel's traces; there are scores now that were not there before."""
+        """Make a panel's traces anew; there are scores now that were not there before, say."""
         self.figure.data = [trace for trace in self.figure.data if trace.yaxis != f"y{panel}"]
         place = {"x": [], "y": [], "xaxis": f"x{panel}", "yaxis": f"y{panel}"}
         place |= {"legend": "legend2" if panel == "3" else "legend"}
@@ -226,56 +237,67 @@ class View:
 
     def close(self) -> None:
         """Take the widgets away from the kernel and from all pages."""
-        for part in (self.figure, self.ruler, self.box, self.status, *self.buttons.values()):
-            part.close()
+        top, ruler, figure = self.box.children
+        for widget in (self.box, top, ruler, *top.children, *self.buttons.values()):
+            for part in (widget, widget.layout, getattr(widget, "style", None)):
+                if part is not None:
+                    part.close()
+        figure.close()
 
-# %% ../../nbs/training/60_dashboard.ipynb #dashboard-009
+# %% ../../nbs/training/60_dashboard.ipynb #dashboard-003
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PLOTLY = "application/vnd.plotly.v1+json"
 
 
-def bundle(log: RunLog, view: View | None) -> dict[str, Any]:
-    """Return the forms in which a run is shown, by MIME type."""
-    forms: dict[str, Any] = {"text/plain": record_text(log), "text/html": record_html(log)}
-    if view is not None:
-        forms[WIDGET] = {"version_major": 2, "version_minor": 0, "model_id": view.model_id}
-    return forms
+def live_forms(log: RunLog, view: View) -> dict[str, Any]:
+    """Return the forms in which a run that goes on is shown, by MIME type."""
+    note = "The notebook was saved while this run went on, and this page has no kernel to ask."
+    widget = {"version_major": 2, "version_minor": 0, "model_id": view.model_id}
+    return {"text/plain": record_text(log), "text/html": f"<p>{note}</p>", WIDGET: widget}
+
+
+def record_forms(log: RunLog, figure: Any = None) -> list[dict[str, Any]]:
+    """Return the forms of charts and table, by MIME type; with a figure, plotly's among them."""
+    charts: dict[str, Any] = {
+        "text/plain": "loss and scores by epoch",
+        "text/html": picture_html(log),
+    }
+    if figure is not None:
+        charts[PLOTLY] = json.loads(figure.to_json()) | {"config": figure._config}
+    return [charts, {"text/plain": record_text(log), "text/html": record_html(log)}]
 
 
 class Output:
-    """The place in a cell where a view is shown, and after it the record."""
+    """The place in a cell where a run is shown: its widgets, and after it the record."""
 
     def __init__(self, log: RunLog, view: View) -> None:
         from IPython.display import DisplayHandle
 
         self.log = log
         self.view: View | None = view
+        self.record: list[dict[str, Any]] = []
         self.handle = DisplayHandle()
-        self.handle.display(bundle(log, view), raw=True)
+        self.handle.display(live_forms(log, view), raw=True)
 
     def keep_record(self) -> None:
-        """Put the record beside the widget, for those who cannot show it."""
-        self.handle.update(bundle(self.log, self.view), raw=True)
+        """Put the record in the place of the widgets, as far as the page is still the same."""
+        from IPython.display import display
+
+        assert self.view is not None
+        self.record = record_forms(self.log, self.view.figure)
+        self.handle.update(self.record[0], raw=True)
+        display(self.record[1], raw=True)
+        if self.view.was_loaded_anew:
+            self.log.note = "To keep this in the notebook, run trainer.dashboard in a cell."
+            self.view.show_status(self.log)
+        else:
+            self.close()
 
     def close(self) -> None:
-        """Leave only the record, and free the widgets."""
+        """Free the widgets."""
         if self.view is not None:
-            view, self.view = self.view, None
-            self.handle.update(bundle(self.log, None), raw=True)
-            view.close()
-
-# %% ../../nbs/training/60_dashboard.ipynb #dashboard-011
-MOST_VIEWS = 4
-_outputs: list[Output] = []
-
-
-def show(log: RunLog, view: View) -> Output:
-    """Show a view in the running cell; of views of long ago, leave only the record."""
-    _outputs[:] = [output for output in _outputs if output.view is not None]
-    while len(_outputs) >= MOST_VIEWS and (over := [o for o in _outputs if o.log.is_over]):
-        over[0].close()
-        _outputs.remove(over[0])
-    _outputs.append(Output(log, view))
-    return _outputs[-1]
+            self.view.close()
+            self.view = None
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-013
 class Pace:
@@ -309,6 +331,12 @@ class Pace:
             self.next = max(now + self.least, self.start + self.spent / self.share)
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-016
+def enable_widgets() -> None:
+    """Ask the front end to load widgets that are not its own; only Colab wants to be asked."""
+    if "google.colab" in sys.modules:
+        importlib.import_module("google.colab.output").enable_custom_widget_manager()
+
+
 class Dashboard(RunRecorder):
     """Shows a run in the cell, live, with buttons to stop, pause and save it.
 
@@ -344,8 +372,14 @@ class Dashboard(RunRecorder):
         """The widgets, if there are any now."""
         return self.output.view if self.output else None
 
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        return bundle(self.log, self.view)
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        shown = self.output.record if self.output else []
+        if self.trainer is not None and self.view is not None:
+            shown = [live_forms(self.log, self.view)]
+        for forms in shown or record_forms(self.log):
+            display(forms, raw=True)
 
     def on_train_start(self, trainer: Any) -> None:
         """Show the widgets in the running cell, and let clicks through."""
@@ -354,6 +388,7 @@ class Dashboard(RunRecorder):
             return
         self.pace, self.epoch_is_new, self.look_at = Pace(), True, 0.0
         self.asked_to_pause = self.asked_to_save = False
+        enable_widgets()
         self.live = self.tap.enter_context(live_widgets())
         self.log.note = self.live.problem or ""
         view = View(
@@ -361,8 +396,8 @@ class Dashboard(RunRecorder):
         )
         view.show_status(self.log)
         if self.output is not None:
-            self.output.close()  # the cell of an earlier fit keeps its record
-        self.output, self.trainer = show(self.log, view), trainer
+            self.output.close()
+        self.output, self.trainer = Output(self.log, view), trainer
 
     # The buttons: leave a note, and show that they were heard.
 

@@ -28,7 +28,7 @@ from .state import History
 __all__ = ['COLOURS', 'MOST_CURVES', 'STATE_COLOURS', 'MUTED', 'mean_of_known', 'Series', 'smooth', 'position', 'Mark', 'RunLog',
            'Curve', 'epoch_curve', 'loss_curves', 'score_names', 'score_curves', 'rate_curves', 'duration', 'size',
            'peak_memory', 'headline', 'facts', 'status_html', 'ticks', 'limits', 'thinned', 'svg_panel', 'picture',
-           'record_html', 'record_text', 'jumps', 'RunRecorder']
+           'picture_html', 'record_html', 'record_text', 'jumps', 'RunRecorder']
 
 # %% ../../nbs/training/55_runlog.ipynb #runlog-005
 def mean_of_known(values: np.ndarray) -> np.ndarray:
@@ -202,7 +202,9 @@ class Curve:
 def epoch_curve(name: str, values: list[float], colour: str, style: str, most: int = 500) -> Curve:
     """Return a curve over epochs; of a long run, a mean over several."""
     series = Series(most)
-    series.extend(list(range(1, len(values) + 1)), values)
+    series.extend(range(1, len(values) + 1), values)
+    if style == "dotted" and len(values) > 60:
+        style = "line"  # the points would run into each other
     return Curve(name, *series.points(), colour, style)
 
 
@@ -211,7 +213,7 @@ def loss_curves(log: RunLog) -> list[Curve]:
     x, y = log.losses.points()
     blue, orange = COLOURS[:2]
     epochs = epoch_curve("train, epoch", log.history.get("train_loss", []), blue, "points")
-    epochs.is_named = False
+    epochs.is_named = False  # the line of the same colour is
     curves = [
         Curve("train, step", x, y, blue, "faint", False),
         Curve("train", x, smooth(y), blue),
@@ -420,18 +422,20 @@ def picture(log: RunLog) -> str:
     )
 
 # %% ../../nbs/training/55_runlog.ipynb #runlog-024
-def record_html(log: RunLog) -> str:
-    """Return how the run went: a headline, the picture and a table of scores, as HTML."""
+def picture_html(log: RunLog) -> str:
+    """Return the picture as HTML."""
     image = base64.b64encode(picture(log).encode()).decode()
+    source = f"data:image/svg+xml;base64,{image}"
+    return f'<img alt="loss and scores by epoch" style="max-width:100%" src="{source}">'
+
+
+def record_html(log: RunLog) -> str:
+    """Return how the run ended, and a table of its scores, as HTML."""
     reason = f": {html.escape(log.reason)}" if log.reason else ""
-    colour = STATE_COLOURS[log.state]
-    return (
-        f'<div><p><b style="color:{colour}">● {log.state}</b>{reason} · {headline(log)}<br>'
-        f"{facts(log)}</p>"
-        f'<img alt="loss and scores by epoch" style="max-width:100%" '
-        f'src="data:image/svg+xml;base64,{image}">'
-        f"{History(log.history)._repr_html_()}</div>"
-    )
+    state = f'<b style="color:{STATE_COLOURS[log.state]}">● {log.state}</b>{reason}'
+    lines = [f"{state} · {headline(log)}", facts(log), html.escape(log.note)]
+    table = History(log.history)._repr_html_() if log.history else ""
+    return f"<div><p>{'<br>'.join(line for line in lines if line)}</p>{table}</div>"
 
 
 def record_text(log: RunLog) -> str:

@@ -1,0 +1,118 @@
+"""What the dashboard costs: runs with and without it, in turn, in a kernel whose messages are read.
+
+    python benchmarks/dashboard.py [rounds]
+
+A round trains the same model with `progress="none"` and with `progress="dashboard"`, in turn first
+and second. A ratio is the second's time over the first's, in one round; the median over the rounds
+is printed, and next to it the median of two runs without a dashboard, which is what noise makes.
+The first view of a kernel, for which plotly is imported, is made before and timed by itself.
+"""
+
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+from jupyter_client.manager import start_new_kernel
+
+SETUP = """
+import time, torch
+from torch import nn
+from ununennium import Trainer, TrainerConfig
+from ununennium.models import UNet
+torch.set_num_threads(1)
+
+def tiny():
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 5))
+    return model, (16, 32), (16,), 1000
+
+def unet():
+    return UNet(in_channels=4, num_classes=5), (8, 4, 64, 64), (8, 64, 64), 20
+
+def run(make, steps, progress):
+    torch.manual_seed(0)
+    model, image, target, count = make()
+    batches = [(torch.randn(image), torch.randint(5, target)) for _ in range(count)]
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = TrainerConfig(device="cpu", progress=progress)
+    trainer = Trainer(
+        model, optimizer, nn.CrossEntropyLoss(), batches, batches[: count // 10], config=config
+    )
+    start = time.perf_counter()
+    trainer.fit(steps // count)
+    return time.perf_counter() - start
+"""
+WORKLOADS = {"20,000 short steps": "tiny, 20_000", "200 long steps": "unet, 200"}
+
+
+class Kernel:
+    """A kernel, and the number of bytes that it sends."""
+
+    def __init__(self) -> None:
+        self.manager, self.client = start_new_kernel(kernel_name="python3")
+        self.sent: list[tuple[float, int]] = []
+
+    def run(self, code: str) -> str:
+        """Run a cell, read all of its messages, return what it printed."""
+        request, text = self.client.execute(code), ""
+        while True:
+            message: dict[str, Any] = self.client.get_iopub_msg(timeout=600)
+            size = len(json.dumps(message["content"])) + sum(map(len, message["buffers"]))
+            self.sent.append((time.monotonic(), size))
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            if message["msg_type"] == "error":
+                raise RuntimeError("\n".join(message["content"]["traceback"]))
+            text += message["content"].get("text", "")
+            if message["content"].get("execution_state") == "idle":
+                return text
+
+    def seconds(self, workload: str, progress: str) -> float:
+        """Time a run."""
+        return float(self.run(f"print(run({workload}, {progress!r}))"))
+
+
+def bytes_of_thirds(kernel: Kernel, workload: str) -> list[int]:
+    """Return the bytes a minute in each third of a run with a dashboard, after its beginning."""
+    kernel.sent.clear()
+    kernel.seconds(workload, "dashboard")
+    start, end = kernel.sent[0][0], kernel.sent[-1][0]
+    third = (end - start) / 3
+    small = [(when, size) for when, size in kernel.sent if size < 1_000_000]  # not plotly itself
+    return [
+        round(60 / third * sum(s for w, s in small if i * third <= w - start < (i + 1) * third))
+        for i in range(3)
+    ]
+
+
+def main(rounds: int) -> None:
+    """Print a table."""
+    kernel = Kernel()
+    try:
+        kernel.run(SETUP)
+        first = kernel.seconds("tiny, 1000", "dashboard") - kernel.seconds("tiny, 1000", "none")
+        print(f"The first view of a kernel takes {first:.1f} s, mostly to import plotly.")
+        print("| run | seconds | dashboard / none | none / none | kB a minute, by thirds |")
+        print("| --- | --- | --- | --- | --- |")
+        for name, workload in WORKLOADS.items():
+            ratios, control, plain = [], [], []
+            for number in range(rounds):
+                order = ["none", "dashboard", "none"][:: 1 if number % 2 else -1]
+                times = [kernel.seconds(workload, progress) for progress in order]
+                ratios.append(times[1] / statistics.mean([times[0], times[2]]))
+                control.append(times[2] / times[0])
+                plain += [times[0], times[2]]
+            sent = ", ".join(f"{size / 1000:.0f}" for size in bytes_of_thirds(kernel, workload))
+            print(
+                f"| {name} | {statistics.median(plain):.1f} | {statistics.median(ratios):.3f} | "
+                f"{statistics.median(control):.3f} | {sent} |",
+                flush=True,
+            )
+    finally:
+        kernel.client.stop_channels()
+        kernel.manager.shutdown_kernel(now=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
