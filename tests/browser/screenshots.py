@@ -84,5 +84,5 @@ def test_screenshots(notebook):  # noqa: F811
     page.save()
     page.shutdown_kernel()
     page.open(kernel=False)
-    page.wait_output(1, "History of 2 epochs")
+    page.wait_output(1, "History of 3 epochs")
     shoot(page, 1, "exception-without-kernel")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from ..notebook.kernel import LiveWidgets, has_front_end, live_widgets, running_kernel
-from .batches import length
 from .callbacks import BarProgress, Callback, CheckpointCallback, TextProgress
 from ununennium.training.runlog import (
     Curve,
@@ -37,8 +36,9 @@ from ununennium.training.runlog import (
 from .state import warn
 
 # %% auto #0
-__all__ = ['INK', 'WIDGET', 'PLOTLY', 'figure_class', 'plotly_style', 'empty_figure', 'ruler_class', 'View', 'live_forms',
-           'record_forms', 'Output', 'Pace', 'enable_widgets', 'Dashboard', 'missing_libraries', 'progress_display']
+__all__ = ['INK', 'WIDGET', 'PLOTLY', 'figure_class', 'plotly_style', 'empty_figure', 'ruler_class', 'View', 'take_view',
+           'leave_view', 'live_forms', 'record_forms', 'Output', 'Pace', 'enable_widgets', 'LiveRecorder', 'Dashboard',
+           'missing_libraries', 'progress_display']
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-024
 @functools.cache
@@ -76,7 +76,7 @@ def plotly_style(curve: Curve) -> dict[str, Any]:
     }
 
 
-def empty_figure(height: int) -> Any:
+def empty_figure() -> Any:
     """Return a plotly figure with three empty panels."""
     grid = {"gridcolor": "rgba(128,128,128,.18)", "zeroline": False, "automargin": True}
     across = {"rangemode": "tozero", "showgrid": False, "zeroline": False, "linecolor": INK}
@@ -89,7 +89,6 @@ def empty_figure(height: int) -> Any:
     figure = figure_class()(
         layout={
             "template": "none",
-            "height": height,
             "autosize": True,
             "margin": {"l": 44, "r": 8, "t": 44, "b": 30},
             "paper_bgcolor": "rgba(0,0,0,0)",
@@ -139,38 +138,48 @@ def ruler_class() -> type:
 
     return Ruler
 
-# %% ../../nbs/training/60_dashboard.ipynb #dashboard-022
+# %% ../../nbs/training/60_dashboard.ipynb #dashboard-004
 class View:
-    """The widgets of a dashboard: a status line, three buttons, and charts.
+    """The widgets of a dashboard: a status line, three buttons, and charts."""
 
-    Parameters
-    ----------
-    buttons
-        What to call on a click, by the button's description.
-    height
-        Of the charts, in pixels.
-    """
-
-    def __init__(self, buttons: dict[str, Callable[[], None]], height: int) -> None:
+    def __init__(self) -> None:
         import ipywidgets
 
+        self.acts: dict[str, Callable[[], None]] = {}
         self.status = ipywidgets.HTML(layout={"flex": "1 1 320px", "min_width": "0"})
         self.buttons: dict[str, Any] = {}
-        for name, act in buttons.items():
-            button = ipywidgets.Button(description=name, layout={"width": "104px"})
-            button.on_click(lambda _, act=act: act())
-            self.buttons[name] = button
+        for name in ("Stop", "Checkpoint", "Pause"):
+            self.buttons[name] = ipywidgets.Button(description=name, layout={"width": "104px"})
+            self.buttons[name].on_click(lambda _, name=name: self.acts[name]())
         bar = ipywidgets.HBox(list(self.buttons.values()), layout={"flex": "0 0 auto"})
         top = ipywidgets.HBox(
             [self.status, bar],
             layout={"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "4px 16px"},
         )
-        self.figure = empty_figure(height)
-        self.box = ipywidgets.VBox(
-            [top, ruler_class()(), self.figure], layout={"max_width": "1400px"}
-        )
+        self.figure = empty_figure()
+        layout = {"max_width": "1400px"}
+        self.box = ipywidgets.VBox([top, ruler_class()(), self.figure], layout=layout)
+        self.begin({}, 320)
+
+    def begin(self, acts: dict[str, Callable[[], None]], height: int) -> None:
+        """Forget what was shown before.
+
+        Parameters
+        ----------
+        acts
+            What to call on a click, by the button's name.
+        height
+            Of the charts, in pixels.
+        """
+        self.acts = acts
         self._drawn: dict[str, list[tuple[str, str]]] = {}  # name and style of each panel's curves
         self._marked: list[Mark] = []
+        self.figure.was_loaded_anew = False
+        with self.figure.batch_update():
+            self.figure.layout.height = height
+        if self.figure.data:
+            self.figure.data = []
+        self._show_marks()
 
     @property
     def model_id(self) -> str:
@@ -235,14 +244,21 @@ class View:
             for mark in self._marked
         ]
 
-    def close(self) -> None:
-        """Take the widgets away from the kernel and from all pages."""
-        top, ruler, figure = self.box.children
-        for widget in (self.box, top, ruler, *top.children, *self.buttons.values()):
-            for part in (widget, widget.layout, getattr(widget, "style", None)):
-                if part is not None:
-                    part.close()
-        figure.close()
+# %% ../../nbs/training/60_dashboard.ipynb #dashboard-009
+_spare: list[View] = []
+
+
+def take_view(acts: dict[str, Callable[[], None]], height: int) -> View:
+    """Return a view that no run uses, cleared."""
+    view = _spare.pop() if _spare else View()
+    view.begin(acts, height)
+    return view
+
+
+def leave_view(view: View) -> None:
+    """Hand a view back; a page that was loaded during its run still shows it, and keeps it."""
+    if not view.was_loaded_anew:
+        _spare.append(view)
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-003
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -294,9 +310,9 @@ class Output:
             self.close()
 
     def close(self) -> None:
-        """Free the widgets."""
+        """Let the widgets go."""
         if self.view is not None:
-            self.view.close()
+            leave_view(self.view)
             self.view = None
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-013
@@ -330,47 +346,35 @@ class Pace:
             self.spent += now - begin
             self.next = max(now + self.least, self.start + self.spent / self.share)
 
-# %% ../../nbs/training/60_dashboard.ipynb #dashboard-016
+# %% ../../nbs/training/60_dashboard.ipynb #dashboard-011
 def enable_widgets() -> None:
     """Ask the front end to load widgets that are not its own; only Colab wants to be asked."""
     if "google.colab" in sys.modules:
         importlib.import_module("google.colab.output").enable_custom_widget_manager()
 
 
-class Dashboard(RunRecorder):
-    """Shows a run in the cell, live, with buttons to stop, pause and save it.
-
-    A trainer in a notebook has one by itself. Pass your own among the callbacks to configure it.
-
-    Parameters
-    ----------
-    checkpoint_dir
-        Where the Checkpoint button saves; if None, the folder of the trainer's first
-        `CheckpointCallback`, or else `checkpoints`.
-    height
-        Of the charts, in pixels.
-    always
-        Show it in every kernel, also where no front end is known to be there.
-    """
+class LiveRecorder(RunRecorder):
+    """Shows the log of a run in its cell while it goes on, and leaves the record there."""
 
     is_display = True
 
-    def __init__(
-        self, *, checkpoint_dir: str | Path | None = None, height: int = 320, always: bool = False
-    ) -> None:
+    def __init__(self, height: int, always: bool) -> None:
         super().__init__()
-        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.height, self.always = height, always
         self.output: Output | None = None
         self.trainer: Any = None  # while it is shown and runs
         self.live, self.tap = LiveWidgets(), contextlib.ExitStack()
-        self.pace = Pace()
-        self.asked_to_pause = self.asked_to_save = self.epoch_is_new = False
+        self.pace, self.epoch_is_new = Pace(), True
 
     @property
     def view(self) -> View | None:
         """The widgets, if there are any now."""
         return self.output.view if self.output else None
+
+    @property
+    def acts(self) -> dict[str, Callable[[], None]]:
+        """What to call on a click, by the button's name."""
+        return {}
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
@@ -387,42 +391,14 @@ class Dashboard(RunRecorder):
         if running_kernel() is None or not (self.always or has_front_end()):
             return
         self.pace, self.epoch_is_new, self.look_at = Pace(), True, 0.0
-        self.asked_to_pause = self.asked_to_save = False
         enable_widgets()
         self.live = self.tap.enter_context(live_widgets())
         self.log.note = self.live.problem or ""
-        view = View(
-            {"Stop": self._stop, "Checkpoint": self._checkpoint, "Pause": self._pause}, self.height
-        )
-        view.show_status(self.log)
         if self.output is not None:
             self.output.close()
+        view = take_view(self.acts, self.height)
+        view.show_status(self.log)
         self.output, self.trainer = Output(self.log, view), trainer
-
-    # The buttons: leave a note, and show that they were heard.
-
-    def _stop(self) -> None:
-        if self.trainer is not None:
-            self.trainer.request_stop("Stop button")
-            self._say("stopping", "after this step")
-
-    def _pause(self) -> None:
-        if self.trainer is not None and not self.trainer.should_stop:
-            self.asked_to_pause = not self.asked_to_pause
-            self._say("pausing" if self.asked_to_pause else "running")
-
-    def _checkpoint(self) -> None:
-        if self.trainer is not None:
-            self.asked_to_save, self.log.note = True, "saving a checkpoint after this step"
-            self._say(self.log.state, self.log.reason)
-
-    def _say(self, state: str, reason: str = "") -> None:
-        self.log.state, self.log.reason = state, reason
-        if self.view is not None:
-            with self.live.lock:
-                self.view.show_status(self.log)
-
-    # The run.
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         """Take over the scores; the next drawing shows them."""
@@ -430,47 +406,12 @@ class Dashboard(RunRecorder):
         self.epoch_is_new = True
 
     def on_safepoint(self, trainer: Any, phase: str) -> None:
-        """Obey the buttons."""
+        """Answer the messages that wait, and draw in validation too."""
         self.live.poll()
         if phase == "validate":
             super().on_safepoint(trainer, phase)
             if time.perf_counter() >= self.look_at:
                 self.look(trainer)
-        if self.asked_to_save or self.asked_to_pause:
-            self._obey(trainer, "running" if phase == "train" else "validating")
-
-    def _obey(self, trainer: Any, state: str) -> None:
-        """Save if asked to; hold the run while it is asked to pause, and not to stop."""
-        self.collect()
-        while True:
-            if self.asked_to_save:
-                self._save(trainer)
-            if trainer.should_stop or not self.asked_to_pause:
-                break
-            if self.log.state != "paused":
-                self._say("paused", "nothing is lost, Resume goes on with the next batch")
-                self.look(trainer)
-            time.sleep(0.05)
-            self.live.poll()
-        self.asked_to_pause = False
-        if not trainer.should_stop:
-            self._say(state)
-        self.ended = time.perf_counter()  # a pause is no work
-
-    def _save(self, trainer: Any) -> None:
-        self.asked_to_save = False
-        keepers = [c.dirpath for c in trainer.callbacks if isinstance(c, CheckpointCallback)]
-        folder = self.checkpoint_dir or (keepers[0] if keepers else Path("checkpoints"))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = trainer.save_checkpoint(folder / f"step={trainer.global_step:06d}.pt")
-            self.log.note = f"saved {path}"
-            self.log.mark(
-                position(trainer.epoch, trainer.batch, length(trainer.train_loader)), "saved"
-            )
-        except Exception as error:
-            self.log.note = f"not saved: {error}"
-        self._say(self.log.state, self.log.reason)
 
     def look(self, trainer: Any) -> None:
         """Draw, if no handler is at work on the widgets."""
@@ -486,10 +427,15 @@ class Dashboard(RunRecorder):
                 self.live.lock.release()
             self.epoch_is_new, self.look_at = False, self.pace.next
 
+    def say(self, state: str, reason: str = "") -> None:
+        """Show at once that something was heard."""
+        self.log.state, self.log.reason = state, reason
+        if self.view is not None:
+            with self.live.lock:
+                self.view.show_status(self.log)
+
     def on_train_end(self, trainer: Any) -> None:
         """Put the kernel back as it was, and leave the record in the cell."""
-        if self.asked_to_save and self.trainer is not None:
-            self._save(trainer)
         was_shown, self.trainer = self.trainer is not None, None
         self.tap.close()
         super().on_train_end(trainer)
@@ -497,6 +443,99 @@ class Dashboard(RunRecorder):
             self.epoch_is_new = True
             self.look(trainer)
             self.output.keep_record()
+
+# %% ../../nbs/training/60_dashboard.ipynb #dashboard-026
+class Dashboard(LiveRecorder):
+    """Shows a run in the cell, live, with buttons to stop, pause and save it.
+
+    A trainer in a notebook has one by itself. Pass your own among the callbacks to configure it.
+
+    Parameters
+    ----------
+    checkpoint_dir
+        Where the Checkpoint button saves; if None, the folder of the trainer's first
+        `CheckpointCallback`, or else `checkpoints`.
+    height
+        Of the charts, in pixels.
+    always
+        Show it in every kernel, also where no front end is known to be there.
+    """
+
+    def __init__(
+        self, *, checkpoint_dir: str | Path | None = None, height: int = 320, always: bool = False
+    ) -> None:
+        super().__init__(height, always)
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.asked_to_pause = self.asked_to_save = False
+
+    @property
+    def acts(self) -> dict[str, Callable[[], None]]:
+        """What to call on a click, by the button's name."""
+        return {"Stop": self._stop, "Checkpoint": self._checkpoint, "Pause": self._pause}
+
+    def _stop(self) -> None:
+        if self.trainer is not None:
+            self.trainer.request_stop("Stop button")
+            self.say("stopping", "after this step")
+
+    def _pause(self) -> None:
+        if self.trainer is not None and not self.trainer.should_stop:
+            self.asked_to_pause = not self.asked_to_pause
+            self.say("pausing" if self.asked_to_pause else "running")
+
+    def _checkpoint(self) -> None:
+        if self.trainer is not None:
+            self.asked_to_save, self.log.note = True, "saving a checkpoint after this step"
+            self.say(self.log.state, self.log.reason)
+
+    def on_train_start(self, trainer: Any) -> None:
+        """Forget clicks of an earlier run."""
+        self.asked_to_pause = self.asked_to_save = False
+        super().on_train_start(trainer)
+
+    def on_safepoint(self, trainer: Any, phase: str) -> None:
+        """Obey the buttons."""
+        super().on_safepoint(trainer, phase)
+        if self.asked_to_save or self.asked_to_pause:
+            self._obey(trainer, "running" if phase == "train" else "validating")
+
+    def _obey(self, trainer: Any, state: str) -> None:
+        """Save if asked to; hold the run while it is asked to pause, and not to stop."""
+        self.collect()
+        while True:
+            if self.asked_to_save:
+                self._save(trainer)
+                self.look(trainer)
+            if trainer.should_stop or not self.asked_to_pause:
+                break
+            if self.log.state != "paused":
+                self.say("paused", "nothing is lost, Resume goes on with the next batch")
+                self.look(trainer)
+            time.sleep(0.05)
+            self.live.poll()
+        self.asked_to_pause = False
+        if not trainer.should_stop:
+            self.say(state)
+        self.ended = time.perf_counter()  # a pause is no work
+
+    def _save(self, trainer: Any) -> None:
+        self.asked_to_save, log = False, self.log
+        keepers = [c.dirpath for c in trainer.callbacks if isinstance(c, CheckpointCallback)]
+        folder = self.checkpoint_dir or (keepers[0] if keepers else Path("checkpoints"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = trainer.save_checkpoint(folder / f"step={trainer.global_step:06d}.pt")
+            log.note = f"saved {path}"
+            log.mark(position(trainer.epoch, trainer.batch, log.batches), "saved")
+        except Exception as error:
+            log.note = f"not saved: {error}"
+        self.say(log.state, log.reason)
+
+    def on_train_end(self, trainer: Any) -> None:
+        """Save if somebody asked for it at the last moment."""
+        if self.asked_to_save and self.trainer is not None:
+            self._save(trainer)
+        super().on_train_end(trainer)
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-018
 def missing_libraries() -> list[str]:

@@ -562,7 +562,9 @@ class RunRecorder(Callback):
             log.rates.extend(where, np.array(rates))
             rates = [*self.held_rates, *rates]
             for i in jumps(rates):
-                log.mark(where[i - len(self.held_rates)], f"lr {rates[i - 1]:.2g} → {rates[i]:.2g}")
+                log.mark(
+                    where[i - len(self.held_rates)], f"lr {rates[i - 1]:.2g} to {rates[i]:.2g}"
+                )
             self.held_rates = rates[-3:]
 
     def refresh(self, trainer: Any) -> None:
