@@ -72,3 +72,41 @@ def kernelspecs(folder: Path) -> None:
         file = folder / "kernels" / f"ipykernel-{version}" / "kernel.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(spec, indent=1), encoding="utf-8")
+
+
+# A model whose batches take as long as we like.
+TRAINING = """
+import time, torch
+from torch import nn
+from ununennium import Callback, Dashboard, Trainer, TrainerConfig
+torch.set_num_threads(1)
+pause = {"train": 0.02, "validate": 0.02}
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+    def forward(self, image):
+        time.sleep(pause["train" if self.training else "validate"])
+        return self.conv(image)
+class Times(Callback):
+    def on_batch_end(self, trainer, batch, logs):
+        self.step = time.time()
+    def on_train_end(self, trainer):
+        self.end = time.time()
+images = torch.randn(6, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+batches = [(image, image.argmax(1)) for image in images]
+times = Times()
+def make_trainer(*callbacks, **settings):
+    torch.manual_seed(0)
+    model = Slow()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = TrainerConfig(**({"epochs": 1000, "device": "cpu"} | settings))
+    return Trainer(model, optimizer, nn.CrossEntropyLoss(), batches, batches[:3],
+                   callbacks=[times, *callbacks], config=config)
+trainer = make_trainer()
+def train(**slow):
+    pause.update({"train": 0.02, "validate": 0.02}, **slow)
+    trainer.fit()
+    print("returned", times.end, trainer.stop_reason, "steps", trainer.global_step)
+print("ready")
+"""

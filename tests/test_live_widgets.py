@@ -41,7 +41,7 @@ class Kernel:
         self.client.start_channels()
         self.client.wait_for_ready(timeout=60)
         self.subshell = None
-        self.iopub = []
+        self.iopub, self.buttons = [], {}
         assert self.run("import ipykernel; print(ipykernel.__version__)").strip() == version
         if route == "subshell":
             request = self.client.session.msg("create_subshell_request", {})
@@ -76,9 +76,9 @@ class Kernel:
         data = {"method": "update", "state": {"value": value}, "buffer_paths": []}
         return self.comm(comm_id, data)
 
-    def wait(self, matches, timeout=30):
-        """Return the first message on IOPub, old or new, that matches."""
-        for message in self.iopub:
+    def wait(self, matches, timeout=30, since=0):
+        """Return the first message on IOPub, old (since a certain one) or new, that matches."""
+        for message in self.iopub[since:]:
             if matches(message):
                 return message
         end = time.time() + timeout
@@ -86,6 +86,9 @@ class Kernel:
             with contextlib.suppress(queue.Empty):
                 message = self.client.get_iopub_msg(timeout=0.2)
                 self.iopub.append(message)
+                if message["msg_type"] == "comm_open":
+                    state = message["content"]["data"].get("state", {})
+                    self.buttons[state.get("description")] = message["content"]["comm_id"]
                 if matches(message):
                     return message
         raise TimeoutError([m["msg_type"] for m in self.iopub[-20:]])
@@ -299,3 +302,45 @@ def test_interrupts_and_clicks_lose_nothing(kernel):
     # After the cell, a subshell handles its clicks in a thread of its own.
     wait = "while len(seen) < 100 and time.time() < end: time.sleep(0.1)"
     assert kernel.run(f"end = time.time() + 3\n{wait}\nprint(len(seen))").strip() == "100"
+
+
+def test_the_buttons_of_the_dashboard(kernel):
+    """As in a browser: in a step, in a validation, with a cell queued; save, pause and go on."""
+    kernel.run("import os, tempfile; os.chdir(tempfile.mkdtemp())")
+    kernel.run(kernels.TRAINING.replace('"device"', '"progress": "dashboard", "device"'))
+    slow = 0.4
+
+    def begin(code):
+        """Start a cell, and wait for its dashboard."""
+        cell = kernel.start(code)
+        kernel.wait(
+            lambda m: m["msg_type"] == "display_data" and m["parent_header"]["msg_id"] == cell
+        )
+        return cell
+
+    def status(word):
+        """Wait until the dashboard says this, from now on."""
+        says = f"● {word}<"
+        new = len(kernel.iopub)
+        kernel.wait(lambda m: m["msg_type"] == "comm_msg" and says in str(m["content"]), 20, new)
+
+    for phase, word in (("train", "running"), ("validate", "validating")):
+        cell = begin(f"train({phase}={slow})")
+        queued = kernel.start("print('queued')")
+        status(word)
+        clicked = time.time()
+        kernel.click(kernel.buttons["Stop"])
+        _, end, rest = kernel.output(cell).split(maxsplit=2)
+        assert float(end) - clicked < slow + 2 and rest.startswith("Stop button")
+        assert kernel.output(queued).strip() == "queued"
+
+    cell = begin("train()")
+    kernel.click(kernel.buttons["Checkpoint"])
+    kernel.click(kernel.buttons["Pause"])
+    status("paused")
+    kernel.click(kernel.buttons["Pause"])
+    status("running")
+    kernel.click(kernel.buttons["Stop"])
+    assert "Stop button" in kernel.output(cell)
+    saved = "import glob; print(len(glob.glob('checkpoints/step=*.pt')))"
+    assert kernel.run(saved).strip() == "1"

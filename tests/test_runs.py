@@ -225,8 +225,9 @@ def test_order_of_the_hooks():
     diary = Diary()
     make_trainer(make_batches(2), make_batches(1), callbacks=[diary]).fit(1)
     assert diary.entries == [
-        "on_train_start", "on_epoch_start", "on_batch_start", "on_batch_end", "on_batch_start",
-        "on_batch_end", "on_scores", "on_epoch_end", "on_train_end",
+        "on_train_start", "on_epoch_start", "on_batch_start", "on_batch_end", "on_safepoint",
+        "on_batch_start", "on_batch_end", "on_safepoint", "on_safepoint", "on_scores",
+        "on_epoch_end", "on_train_end",
     ]  # fmt: skip
 
 

@@ -34,6 +34,25 @@ def pytest_collection_modifyitems(items):
 
 
 FAILED = pytest.StashKey[bool]()
+LATENCIES = pytest.StashKey[dict]()
+
+
+@pytest.fixture
+def latencies(request) -> dict[tuple[str, ...], dict[str, float]]:
+    """Seconds from clicks to their effects, by kernel, route and front end; printed at the end."""
+    return request.config.stash.setdefault(LATENCIES, {})
+
+
+def pytest_terminal_summary(terminalreporter):
+    rows = terminalreporter.config.stash.get(LATENCIES, {})
+    if not rows:
+        return
+    what = list(next(iter(rows.values())))
+    lines = [["ipykernel", "route", "front end", *what], ["---"] * (3 + len(what))]
+    lines += [[*key, *(f"{row[name] * 1000:.0f}" for name in what)] for key, row in rows.items()]
+    terminalreporter.write_line("\nMilliseconds from a click to its effect:")
+    for line in lines:
+        terminalreporter.write_line(f"| {' | '.join(line)} |")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,8 +8,6 @@ import kernels
 import pytest
 from nbconvert import HTMLExporter
 
-expect = pytest.importorskip("playwright.sync_api").expect
-
 FRONTS = ("lab", "notebook")
 # Comms over the main shell or a subshell, which ipykernel 6 has not; Notebook leaves no choice.
 ROUTES = [
@@ -23,44 +21,8 @@ ROUTES = [
     if version.startswith("7") or (comms == "disabled") == (front == "lab")
 ]
 SLOW = 0.5  # seconds: a step, or a batch of a validation, in which somebody clicks
+WIDEST = "all => Math.max(0, ...all.map(e => e.getBoundingClientRect().width))"
 GRACE = 2.0  # seconds that a click may take beyond the running step, on a busy machine too
-
-# A model whose batches take as long as we like.
-SETUP = """
-import time, torch
-from torch import nn
-from ununennium import Callback, Dashboard, Trainer, TrainerConfig
-torch.set_num_threads(1)
-pause = {"train": 0.02, "validate": 0.02}
-class Slow(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-    def forward(self, image):
-        time.sleep(pause["train" if self.training else "validate"])
-        return self.conv(image)
-class Times(Callback):
-    def on_batch_end(self, trainer, batch, logs):
-        self.step = time.time()
-    def on_train_end(self, trainer):
-        self.end = time.time()
-images = torch.randn(6, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-batches = [(image, image.argmax(1)) for image in images]
-times = Times()
-def make_trainer(*callbacks, **settings):
-    torch.manual_seed(0)
-    model = Slow()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    config = TrainerConfig(**({"epochs": 1000, "device": "cpu"} | settings))
-    return Trainer(model, optimizer, nn.CrossEntropyLoss(), batches, batches[:3],
-                   callbacks=[times, *callbacks], config=config)
-trainer = make_trainer()
-def train(**slow):
-    pause.update({"train": 0.02, "validate": 0.02}, **slow)
-    trainer.fit()
-    print("returned", times.end, trainer.stop_reason, "steps", trainer.global_step)
-print("ready")
-"""
 
 
 def status(front, i):
@@ -92,7 +54,7 @@ def returned(front, i):
 def notebook(open_notebook):
     """A notebook with what the cells need, and these cells."""
 
-    def notebook(front, *cells, setup=SETUP, **settings):
+    def notebook(front, *cells, setup=kernels.TRAINING, **settings):
         front = open_notebook(front, [setup, *cells], **settings)
         front.run_cell(0, wait=True)
         front.wait_output(0, "ready")
@@ -101,25 +63,8 @@ def notebook(open_notebook):
     return notebook
 
 
-LATENCIES = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table(request):
-    """Print what was measured, in milliseconds beyond the step that was running."""
-    yield
-    if not LATENCIES:
-        return
-    what = list(next(iter(LATENCIES.values())))
-    lines = [["ipykernel", "route", "front end", *what], ["---"] * (3 + len(what))]
-    lines += [[*key, *(f"{row[w] * 1000:.0f}" for w in what)] for key, row in LATENCIES.items()]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    reporter.write_line(f"\nMilliseconds from a click to its effect:\n{text}")
-
-
 @pytest.mark.parametrize(("version", "comms", "front"), ROUTES)
-def test_buttons(notebook, version, comms, front):
+def test_buttons(notebook, latencies, version, comms, front):
     """Every button, in a step and in a validation, with a cell queued behind."""
     own = (
         "import ipywidgets\nclicks = []\nmine = ipywidgets.Button(description='mine')\n"
@@ -186,7 +131,7 @@ def test_buttons(notebook, version, comms, front):
     page.wait_output(7, "clicks 100")
 
     route = "subshell" if comms == "perCommTarget" and version.startswith("7") else "main shell"
-    LATENCIES[version, route, front] = late
+    latencies[version, route, front] = late
     for what, latency in late.items():
         step = SLOW if " in " in what else 0.02
         assert latency < step + GRACE, what
@@ -253,9 +198,8 @@ def test_the_record_stays(notebook, front):
         page.cell(i).scroll_into_view_if_needed()
         page.wait_output(i, "History of 5 epochs")
         # Plotly's renderer shows a picture of the charts until somebody points at them.
-        charts = page.output(i).locator("img:visible, .js-plotly-plot:visible").first
-        expect(charts).to_be_visible()
-        assert charts.bounding_box()["width"] > 500
+        charts = page.output(i).locator("img, .js-plotly-plot")
+        page.wait(lambda c=charts: c.evaluate_all(WIDEST) > 500, "there are charts")
     html, _ = HTMLExporter().from_filename(str(page.file))
     page.page.set_content(html)
     picture = page.page.locator("img[alt='loss and scores by epoch']").first
