@@ -329,7 +329,7 @@ class Pace:
         Seconds of drawing that are free.
     """
 
-    def __init__(self, share: float = 0.007, least: float = 0.5, advance: float = 0.1) -> None:
+    def __init__(self, share: float = 0.0025, least: float = 0.5, advance: float = 0.01) -> None:
         self.share, self.least = share, least
         self.spent = -advance
         self.start = time.perf_counter()
@@ -364,7 +364,11 @@ class LiveRecorder(RunRecorder):
         self.output: Output | None = None
         self.trainer: Any = None  # while it is shown and runs
         self.live, self.tap = LiveWidgets(), contextlib.ExitStack()
-        self.pace, self.epoch_is_new = Pace(), True
+        self._begin_to_draw()
+
+    def _begin_to_draw(self) -> None:
+        self.pace, self.status_pace = Pace(), Pace(share=0.001, advance=0.005)
+        self.epoch_is_new, self.look_at = True, 0.0
 
     @property
     def view(self) -> View | None:
@@ -390,7 +394,7 @@ class LiveRecorder(RunRecorder):
         super().on_train_start(trainer)
         if running_kernel() is None or not (self.always or has_front_end()):
             return
-        self.pace, self.epoch_is_new, self.look_at = Pace(), True, 0.0
+        self._begin_to_draw()
         enable_widgets()
         self.live = self.tap.enter_context(live_widgets())
         self.log.note = self.live.problem or ""
@@ -413,19 +417,23 @@ class LiveRecorder(RunRecorder):
             if time.perf_counter() >= self.look_at:
                 self.look(trainer)
 
-    def look(self, trainer: Any) -> None:
-        """Draw, if no handler is at work on the widgets."""
+    def look(self, trainer: Any, whole: bool = False) -> None:
+        """Draw what it is time for, or the whole, if no handler is at work on the widgets."""
         if self.view is None:
             super().look(trainer)
         elif self.live.lock.acquire(blocking=False):
             try:
-                with self.pace.timed():
-                    self.refresh(trainer)
+                self.refresh(trainer)
+                with self.status_pace.timed():
                     self.view.show_status(self.log)
-                    self.view.show_curves(self.log, self.epoch_is_new)
+                if whole or time.perf_counter() >= self.pace.next:
+                    self.read_losses()
+                    with self.pace.timed():
+                        self.view.show_curves(self.log, self.epoch_is_new)
+                    self.epoch_is_new = False
             finally:
                 self.live.lock.release()
-            self.epoch_is_new, self.look_at = False, self.pace.next
+            self.look_at = self.status_pace.next
 
     def say(self, state: str, reason: str = "") -> None:
         """Show at once that something was heard."""
@@ -441,7 +449,7 @@ class LiveRecorder(RunRecorder):
         super().on_train_end(trainer)
         if was_shown and self.output is not None:
             self.epoch_is_new = True
-            self.look(trainer)
+            self.look(trainer, whole=True)
             self.output.keep_record()
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-026
@@ -505,12 +513,12 @@ class Dashboard(LiveRecorder):
         while True:
             if self.asked_to_save:
                 self._save(trainer)
-                self.look(trainer)
+                self.look(trainer, whole=True)
             if trainer.should_stop or not self.asked_to_pause:
                 break
             if self.log.state != "paused":
                 self.say("paused", "nothing is lost, Resume goes on with the next batch")
-                self.look(trainer)
+                self.look(trainer, whole=True)
             time.sleep(0.05)
             self.live.poll()
         self.asked_to_pause = False

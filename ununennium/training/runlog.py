@@ -95,8 +95,8 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0)
 
 # %% ../../nbs/training/55_runlog.ipynb #runlog-028
-def position(epoch: int, batch: int, batches: int | None) -> float:
-    """Return where a batch is, in epochs."""
+def position(epoch: int, batch: Any, batches: int | None) -> Any:
+    """Return where a batch, or each of an array of them, is, in epochs."""
     return epoch + (batch / batches if batches else 1 - 100 / (100 + batch))
 
 
@@ -531,6 +531,7 @@ class RunRecorder(Callback):
     def on_train_end(self, trainer: Any) -> None:
         """Note how it ended."""
         self.refresh(trainer)
+        self.read_losses()
         log = self.log
         log.batch, log.epoch = trainer.batch, trainer.epoch
         if log.state != "failed":
@@ -540,6 +541,7 @@ class RunRecorder(Callback):
     def look(self, trainer: Any) -> None:
         """Do what is done from time to time; `look_at` says when next."""
         self.refresh(trainer)
+        self.read_losses()
         self.look_at = time.perf_counter() + 1
 
     def collect(self) -> None:
@@ -549,7 +551,7 @@ class RunRecorder(Callback):
             return
         log = self.log
         numbers = log.batch + 1 + np.arange(len(notes))
-        where = np.array([position(log.epoch, int(n), log.batches) for n in numbers])
+        where = position(log.epoch, numbers, log.batches)
         came, ended, losses, rates = zip(*notes, strict=True)
         self.waited += sum(came) - sum(ended[:-1]) - self.ended
         self.trained += ended[-1] - self.ended
@@ -568,13 +570,9 @@ class RunRecorder(Callback):
             self.held_rates = rates[-3:]
 
     def refresh(self, trainer: Any) -> None:
-        """Bring the log up to date. This waits for the device."""
+        """Bring the log up to date, but for the losses that are still on the device."""
         self.collect()
-        log, unread = self.log, self.unread
-        self.unread = []
-        if unread:
-            losses = torch.cat([losses.float() for _, losses in unread])
-            log.losses.extend(np.concatenate([where for where, _ in unread]), losses.cpu().numpy())
+        log = self.log
         if self.trained:
             log.waiting = self.waited / self.trained
             log.samples_per_second = self.samples * self.batches / self.trained
@@ -588,3 +586,10 @@ class RunRecorder(Callback):
         if best not in (None, self.best):
             self.best = best
             log.mark(trainer.epoch, "best")
+
+    def read_losses(self) -> None:
+        """Read the losses from the device, which waits for it."""
+        unread, self.unread = self.unread, []
+        if unread:
+            losses = torch.cat([losses.float() for _, losses in unread]).cpu().numpy()
+            self.log.losses.extend(np.concatenate([where for where, _ in unread]), losses)
