@@ -97,10 +97,12 @@ class LiveWidgets:
     ----------
     problem
         A sentence that says why widgets do not react while a cell runs, or None if they do.
+    wants_polls
+        Whether `poll` has anything to do.
     """
 
-    def __init__(self, problem: str | None = None) -> None:
-        self.problem = problem
+    def __init__(self, problem: str | None = None, wants_polls: bool = False) -> None:
+        self.problem, self.wants_polls = problem, wants_polls
         self.lock = threading.RLock()
 
     def poll(self) -> None:
@@ -120,9 +122,9 @@ class ShellTap(LiveWidgets):
     """
 
     def __init__(self, kernel: Any) -> None:
-        super().__init__()
         self.kernel, self.stream = kernel, kernel.shell_stream
         self.channel = getattr(kernel, "shell_channel_thread", None)  # ipykernel 7
+        super().__init__(wants_polls=self.channel is None)
         self.context = contextvars.copy_context()
         self.thread = threading.current_thread()
         self.is_open, self.is_answering = True, False
@@ -184,11 +186,7 @@ class ShellTap(LiveWidgets):
 
     def poll(self) -> None:
         """Answer the messages that wait, where nothing else does. It costs a microsecond."""
-        if (
-            self.channel is None
-            and not self.is_answering
-            and threading.current_thread() is self.thread
-        ):
+        if self.wants_polls and not self.is_answering and threading.current_thread() is self.thread:
             self._flush(self.stream)
 
     @staticmethod

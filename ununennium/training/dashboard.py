@@ -208,10 +208,11 @@ class View:
             if self._drawn.get(panel) != looks:
                 self._drawn[panel] = looks
                 self._begin_panel(panel, curves)
+                epoch_is_new = True  # also for the curves of this panel that did not change
         traces = {(trace.yaxis, trace.name): trace for trace in self.figure.data}
         with self.figure.batch_update():
             for panel, curves in panels.items():
-                for curve in curves:
+                for curve in curves if epoch_is_new else (c for c in curves if not c.by_epoch):
                     trace = traces[f"y{panel}", curve.name]
                     trace.x, trace.y = curve.x.astype("float32"), curve.y.astype("float32")
             if self._marked != list(log.marks):
@@ -329,7 +330,7 @@ class Pace:
         Seconds of drawing that are free.
     """
 
-    def __init__(self, share: float = 0.0025, least: float = 0.5, advance: float = 0.01) -> None:
+    def __init__(self, share: float = 0.002, least: float = 0.5, advance: float = 0.01) -> None:
         self.share, self.least = share, least
         self.spent = -advance
         self.start = time.perf_counter()
@@ -367,7 +368,7 @@ class LiveRecorder(RunRecorder):
         self._begin_to_draw()
 
     def _begin_to_draw(self) -> None:
-        self.pace, self.status_pace = Pace(), Pace(share=0.001, advance=0.005)
+        self.pace, self.status_pace = Pace(), Pace(share=0.0005, advance=0.005)
         self.epoch_is_new, self.look_at = True, 0.0
 
     @property
@@ -411,7 +412,8 @@ class LiveRecorder(RunRecorder):
 
     def on_safepoint(self, trainer: Any, phase: str) -> None:
         """Answer the messages that wait, and draw in validation too."""
-        self.live.poll()
+        if self.live.wants_polls:
+            self.live.poll()
         if phase == "validate":
             super().on_safepoint(trainer, phase)
             if time.perf_counter() >= self.look_at:
@@ -503,7 +505,8 @@ class Dashboard(LiveRecorder):
 
     def on_safepoint(self, trainer: Any, phase: str) -> None:
         """Obey the buttons."""
-        super().on_safepoint(trainer, phase)
+        if self.live.wants_polls or phase == "validate":  # or else there is nothing to do
+            super().on_safepoint(trainer, phase)
         if self.asked_to_save or self.asked_to_pause:
             self._obey(trainer, "running" if phase == "train" else "validating")
 

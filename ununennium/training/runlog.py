@@ -145,8 +145,8 @@ class RunLog:
     batches: int | None = None
     val_batch: int = 0
     val_batches: int | None = None
-    losses: Series = field(default_factory=Series)
-    rates: Series = field(default_factory=lambda: Series(500))
+    losses: Series = field(default_factory=lambda: Series(600))
+    rates: Series = field(default_factory=lambda: Series(300))
     history: dict[str, list[float]] = field(default_factory=dict)
     marks: deque[Mark] = field(default_factory=lambda: deque(maxlen=8))
     note: str = ""
@@ -189,6 +189,8 @@ class Curve:
         `faint`, `thin`, `line`, `points`, or `dotted`, a line with points.
     is_named
         Whether the legend has it. Curves of one colour share an entry.
+    by_epoch
+        Whether it changes only when an epoch ends.
     """
 
     name: str
@@ -197,6 +199,7 @@ class Curve:
     colour: str
     style: str = "line"
     is_named: bool = True
+    by_epoch: bool = False
 
 
 def epoch_curve(name: str, values: list[float], colour: str, style: str, most: int = 500) -> Curve:
@@ -205,7 +208,7 @@ def epoch_curve(name: str, values: list[float], colour: str, style: str, most: i
     series.extend(range(1, len(values) + 1), values)
     if style == "dotted" and len(values) > 60:
         style = "line"  # the points would run into each other
-    return Curve(name, *series.points(), colour, style)
+    return Curve(name, *series.points(), colour, style, by_epoch=True)
 
 
 def loss_curves(log: RunLog) -> list[Curve]:
