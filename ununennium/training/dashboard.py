@@ -330,7 +330,7 @@ class Pace:
         Seconds of drawing that are free.
     """
 
-    def __init__(self, share: float = 0.002, least: float = 0.5, advance: float = 0.01) -> None:
+    def __init__(self, share: float = 0.0015, least: float = 0.5, advance: float = 0.01) -> None:
         self.share, self.least = share, least
         self.spent = -advance
         self.start = time.perf_counter()
