@@ -330,7 +330,7 @@ class Pace:
         Seconds of drawing that are free.
     """
 
-    def __init__(self, share: float = 0.0015, least: float = 0.5, advance: float = 0.01) -> None:
+    def __init__(self, share: float = 0.001, least: float = 0.5, advance: float = 0.01) -> None:
         self.share, self.least = share, least
         self.spent = -advance
         self.start = time.perf_counter()
@@ -368,7 +368,7 @@ class LiveRecorder(RunRecorder):
         self._begin_to_draw()
 
     def _begin_to_draw(self) -> None:
-        self.pace, self.status_pace = Pace(), Pace(share=0.0005, advance=0.005)
+        self.pace, self.status_pace = Pace(), Pace(share=0.0004, advance=0.005)
         self.epoch_is_new, self.look_at = True, 0.0
 
     @property
