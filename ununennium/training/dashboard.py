@@ -36,9 +36,9 @@ from ununennium.training.runlog import (
 from .state import warn
 
 # %% auto #0
-__all__ = ['INK', 'WIDGET', 'PLOTLY', 'figure_class', 'plotly_style', 'empty_figure', 'ruler_class', 'View', 'take_view',
-           'leave_view', 'live_forms', 'record_forms', 'Output', 'Pace', 'enable_widgets', 'LiveRecorder', 'Dashboard',
-           'missing_libraries', 'progress_display']
+__all__ = ['INK', 'WIDGET', 'PLOTLY', 'COST_OF_A_BATCH', 'figure_class', 'plotly_style', 'empty_figure', 'ruler_class', 'View',
+           'take_view', 'leave_view', 'live_forms', 'record_forms', 'Output', 'Pace', 'enable_widgets', 'LiveRecorder',
+           'Dashboard', 'missing_libraries', 'progress_display']
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-024
 @functools.cache
@@ -328,11 +328,13 @@ class Pace:
         Seconds between two drawings, at least.
     advance
         Seconds of drawing that are free.
+
+    `other` is what else was spent, in seconds; it may take half of the share from the drawings.
     """
 
-    def __init__(self, share: float = 0.001, least: float = 0.5, advance: float = 0.01) -> None:
+    def __init__(self, share: float = 0.004, least: float = 0.5, advance: float = 0.04) -> None:
         self.share, self.least = share, least
-        self.spent = -advance
+        self.spent, self.other = -advance, 0.0
         self.start = time.perf_counter()
         self.next = self.start  # when to draw, on the clock of time.perf_counter
 
@@ -345,13 +347,17 @@ class Pace:
         finally:
             now = time.perf_counter()
             self.spent += now - begin
-            self.next = max(now + self.least, self.start + self.spent / self.share)
+            spent = self.spent + min(self.other, self.share * (now - self.start) / 2)
+            self.next = max(now + self.least, self.start + spent / self.share)
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-011
 def enable_widgets() -> None:
     """Ask the front end to load widgets that are not its own; only Colab wants to be asked."""
     if "google.colab" in sys.modules:
         importlib.import_module("google.colab.output").enable_custom_widget_manager()
+
+
+COST_OF_A_BATCH = 5e-6  # seconds, for the notes that are taken of it
 
 
 class LiveRecorder(RunRecorder):
@@ -368,8 +374,9 @@ class LiveRecorder(RunRecorder):
         self._begin_to_draw()
 
     def _begin_to_draw(self) -> None:
-        self.pace, self.status_pace = Pace(), Pace(share=0.0004, advance=0.005)
+        self.pace, self.status_pace = Pace(), Pace(share=0.002, advance=0.01)
         self.epoch_is_new, self.look_at = True, 0.0
+        self.batches_before = self.batches
 
     @property
     def view(self) -> View | None:
@@ -430,6 +437,7 @@ class LiveRecorder(RunRecorder):
                     self.view.show_status(self.log)
                 if whole or time.perf_counter() >= self.pace.next:
                     self.read_losses()
+                    self.pace.other = COST_OF_A_BATCH * (self.batches - self.batches_before)
                     with self.pace.timed():
                         self.view.show_curves(self.log, self.epoch_is_new)
                     self.epoch_is_new = False
