@@ -332,7 +332,7 @@ class Pace:
     `other` is what else was spent, in seconds; it may take half of the share from the drawings.
     """
 
-    def __init__(self, share: float = 0.004, least: float = 0.5, advance: float = 0.04) -> None:
+    def __init__(self, share: float = 0.003, least: float = 0.5, advance: float = 0.02) -> None:
         self.share, self.least = share, least
         self.spent, self.other = -advance, 0.0
         self.start = time.perf_counter()
@@ -374,7 +374,7 @@ class LiveRecorder(RunRecorder):
         self._begin_to_draw()
 
     def _begin_to_draw(self) -> None:
-        self.pace, self.status_pace = Pace(), Pace(share=0.002, advance=0.01)
+        self.pace, self.status_pace = Pace(), Pace(0.001, least=1.0, advance=0.005)
         self.epoch_is_new, self.look_at = True, 0.0
         self.batches_before = self.batches
 
