@@ -245,7 +245,7 @@ def test_a_dashboard_ends_with_the_record(shown):
     assert "History of 3 epochs" in table["text/html"]
     assert len(json.dumps(shown)) < 300_000
     assert dashboard.view is None
-    assert set(ipywidgets.widgets.widget._instances) == before  # the first run's were used again
+    assert set(ipywidgets.widgets.widget._instances) == before  # all were closed
     dashboard._ipython_display_()
     assert shown[3:] == [charts, table]
 

@@ -161,6 +161,22 @@ def test_interrupt(notebook, front, version):
     assert returned(page, 3)[1].startswith("interrupted")
 
 
+@pytest.mark.parametrize("front", FRONTS)
+def test_the_charts_of_every_run_are_drawn(notebook, front):
+    """Also those of a second run on the same page, while it runs."""
+    page = notebook(front, "trainer.fit(3); print('returned 1 so')", "train()")
+    page.queue(1)
+    assert returned(page, 1)
+    page.queue(2)
+    wait_state(page, 2, "running", "validating")
+    lines = page.output(2).locator(".js-plotly-plot .scatterlayer path.js-line")
+    page.wait(lambda: lines.count() >= 5, "the curves are drawn")
+    first = lines.nth(0).get_attribute("d")
+    page.wait(lambda: lines.nth(0).get_attribute("d") != first, "they grow")
+    click(page, 2, "Stop")
+    assert returned(page, 2)
+
+
 @pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
 @pytest.mark.parametrize("front", FRONTS)
 def test_reload(notebook, front, version, tmp_path):

@@ -37,8 +37,8 @@ from .state import warn
 
 # %% auto #0
 __all__ = ['INK', 'WIDGET', 'PLOTLY', 'COST_OF_A_BATCH', 'figure_class', 'plotly_style', 'empty_figure', 'ruler_class', 'View',
-           'take_view', 'leave_view', 'live_forms', 'record_forms', 'Output', 'Pace', 'enable_widgets', 'LiveRecorder',
-           'Dashboard', 'missing_libraries', 'progress_display']
+           'close_view', 'live_forms', 'record_forms', 'Output', 'Pace', 'enable_widgets', 'LiveRecorder', 'Dashboard',
+           'missing_libraries', 'progress_display']
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-024
 @functools.cache
@@ -159,6 +159,9 @@ class View:
         self.figure = empty_figure()
         layout = {"max_width": "1400px"}
         self.box = ipywidgets.VBox([top, ruler_class()(), self.figure], layout=layout)
+        seen = [self.box, *self.box.children, *top.children, *bar.children]
+        looks = [getattr(widget, name, None) for widget in seen for name in ("layout", "style")]
+        self.widgets = [w for w in [*seen, *looks] if isinstance(w, ipywidgets.Widget)]
         self.begin({}, 320)
 
     def begin(self, acts: dict[str, Callable[[], None]], height: int) -> None:
@@ -246,20 +249,11 @@ class View:
         ]
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-009
-_spare: list[View] = []
-
-
-def take_view(acts: dict[str, Callable[[], None]], height: int) -> View:
-    """Return a view that no run uses, cleared."""
-    view = _spare.pop() if _spare else View()
-    view.begin(acts, height)
-    return view
-
-
-def leave_view(view: View) -> None:
-    """Hand a view back; a page that was loaded during its run still shows it, and keeps it."""
+def close_view(view: View) -> None:
+    """Close the widgets, unless a page that was loaded during the run shows them still."""
     if not view.was_loaded_anew:
-        _spare.append(view)
+        for widget in view.widgets:
+            widget.close()
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-003
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -313,7 +307,7 @@ class Output:
     def close(self) -> None:
         """Let the widgets go."""
         if self.view is not None:
-            leave_view(self.view)
+            close_view(self.view)
             self.view = None
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-013
@@ -408,7 +402,8 @@ class LiveRecorder(RunRecorder):
         self.log.note = self.live.problem or ""
         if self.output is not None:
             self.output.close()
-        view = take_view(self.acts, self.height)
+        view = View()
+        view.begin(self.acts, self.height)
         view.show_status(self.log)
         self.output, self.trainer = Output(self.log, view), trainer
 
