@@ -444,3 +444,20 @@ def test_missing_libraries_are_named(shown, monkeypatch):
 def test_a_dashboard_where_there_is_no_kernel():
     with pytest.raises(ValueError, match="needs a Jupyter kernel"):
         make_trainer(make_batches(2), progress="dashboard")
+
+
+def test_names_of_classes_are_no_html():
+    log = RunLog(history={"val_IoU": [0.2, 0.3], "val_IoU/<b>Öl & Gas</b>": [0.2, 0.3]})
+    view = View()
+    view.show_curves(log)
+    view.show_curves(log)
+    names = [trace.name for trace in view.figure.data if trace.yaxis == "y3"]
+    assert names == ["mean", "&lt;b&gt;Öl &amp; Gas&lt;/b&gt;"]
+    assert view.figure.layout.annotations[2].text == "<b>IoU</b>"
+
+
+def test_without_scores_their_panel_has_no_heading():
+    log = RunLog(history={"train_loss": [0.2, 0.3]})
+    view = View()
+    view.show_curves(log)
+    assert "IoU" not in view.figure.to_json()

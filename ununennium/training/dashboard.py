@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import html
 import importlib
 import importlib.util
 import json
@@ -67,7 +68,7 @@ def plotly_style(curve: Curve) -> dict[str, Any]:
     width = {"faint": 1, "thin": 1.5}.get(curve.style, 2)
     mode = {"points": "markers", "dotted": "lines+markers"}.get(curve.style, "lines")
     return {
-        "name": curve.name,
+        "name": html.escape(curve.name),  # plotly would read it as HTML
         "mode": mode,
         "line": {"color": curve.colour, "width": width},
         "marker": {"color": curve.colour, "size": 4 if curve.style == "points" else 5},
@@ -110,7 +111,7 @@ def empty_figure() -> Any:
             "annotations": [
                 title("loss", 0, 1.0),
                 title("learning rate", 0, 0.18),
-                title("IoU", 0.54, 1),
+                title("", 0.54, 1),  # named when there are scores
             ],
         }
     )
@@ -216,7 +217,7 @@ class View:
         with self.figure.batch_update():
             for panel, curves in panels.items():
                 for curve in curves if epoch_is_new else (c for c in curves if not c.by_epoch):
-                    trace = traces[f"y{panel}", curve.name]
+                    trace = traces[f"y{panel}", html.escape(curve.name)]
                     trace.x, trace.y = curve.x.astype("float32"), curve.y.astype("float32")
             if self._marked != list(log.marks):
                 self._marked = list(log.marks)
