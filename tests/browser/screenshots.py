@@ -48,6 +48,14 @@ def shoot(page, i, name):
     page.cell(i).screenshot(path=FOLDER / f"{name}.png")
 
 
+def reopen(page, text):
+    """Open the saved notebook without a kernel, and wait until its first cell shows this text."""
+    page.save()
+    page.shutdown_kernel()
+    page.open(kernel=False)
+    page.wait_output(1, text)
+
+
 def test_screenshots(notebook):  # noqa: F811
     FOLDER.mkdir(exist_ok=True)
     page = notebook("lab", "history = trainer.fit()", setup=SETUP, viewport=(1500, 1400))
@@ -74,18 +82,12 @@ def test_screenshots(notebook):  # noqa: F811
     shoot(page, 1, "dark-narrow-running")
     wait_state(page, 1, "done", timeout=180)
     shoot(page, 1, "dark-narrow-done")
-    page.save()
-    page.shutdown_kernel()
-    page.open(kernel=False)
-    page.wait_output(1, "History of 20 epochs")
+    reopen(page, "History of 20 epochs")
     shoot(page, 1, "dark-without-kernel")
 
     page = notebook("notebook", BAD, setup=SETUP, viewport=(1300, 1400))
     page.queue(1)
     wait_state(page, 1, "failed", timeout=120)
     shoot(page, 1, "exception")
-    page.save()
-    page.shutdown_kernel()
-    page.open(kernel=False)
-    page.wait_output(1, "History of 3 epochs")
+    reopen(page, "History of 3 epochs")
     shoot(page, 1, "exception-without-kernel")

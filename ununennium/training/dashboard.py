@@ -166,7 +166,7 @@ class View:
         self.begin({}, 320)
 
     def begin(self, acts: dict[str, Callable[[], None]], height: int) -> None:
-        """Forget what was shown before.
+        """Say what the buttons do, and how high the charts are.
 
         Parameters
         ----------
@@ -178,12 +178,7 @@ class View:
         self.acts = acts
         self._drawn: dict[str, list[tuple[str, str]]] = {}  # name and style of each panel's curves
         self._marked: list[Mark] = []
-        self.figure.was_loaded_anew = False
-        with self.figure.batch_update():
-            self.figure.layout.height = height
-        if self.figure.data:
-            self.figure.data = []
-        self._show_marks()
+        self.figure.layout.height = height
 
     @property
     def model_id(self) -> str:
