@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("6.17.1", "6.31.0", "7.0.0", "7.3.0", "7.4.0")
+FORGETFUL = ("7.0.0", "7.3.0")  # ipykernel issue 1554, see nbs/notebook/10_kernel.ipynb
 
 # What these versions require and an environment with a newer ipykernel may lack.
 EXTRA = ("nest-asyncio==1.6.0", "nest-asyncio2==1.7.4", "psutil==7.2.2")

@@ -24,7 +24,7 @@ BAD_BATCHES = {
         (IMAGE, MASK[:, None]), None, 3, r"labels of shape \(2, 8, 8\), .*squeeze\(1\)"),
     "a mask of another size": ((IMAGE, MASK[:, :4]), None, 3, r"\(2, 8, 8\), but .* \(2, 4, 8\)"),
     "(N,H,W) against (N,1,H,W) for BCE": (
-        (IMAGE, (MASK > 1).float()), BCE, 1, r"element by element, .*: mask.unsqueeze"),
+        (IMAGE, (MASK > 1).float()), BCE, 1, r"element by element, .*: target.unsqueeze"),
     "classes for BCE": (
         (IMAGE, MASK[:, None]), BCE, 1, r"outside the model's 2 classes 0..1: 2 \(\d+ times\)"),
     "a dictionary without a mask": (

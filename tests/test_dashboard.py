@@ -16,17 +16,20 @@ import ununennium.training.dashboard as module
 from conftest import make_batches, make_trainer
 from ununennium import Callback, CheckpointCallback, Dashboard
 from ununennium.notebook.kernel import LiveWidgets, has_front_end
-from ununennium.training.dashboard import Output, Pace, View, progress_display
+from ununennium.training.dashboard import Charts, Output, Pace, View, progress_display
 from ununennium.training.runlog import (
     RunLog,
     RunRecorder,
     Series,
+    Timeline,
     duration,
+    headline,
     jumps,
     limits,
     picture,
     picture_html,
     record_html,
+    score_curves,
     smooth,
     status_html,
     ticks,
@@ -77,6 +80,93 @@ def test_limits_of_nothing_and_of_one_value():
     assert limits([np.array([math.nan, 2.0])]) == (1.5, 2.5)
 
 
+def test_batches_of_unknown_epochs_move_to_where_they_belong():
+    where = Timeline(epoch=2)
+    assert 2.0 < where(10) < where(40) < 3.0
+    where.begin_epoch(40)
+    np.testing.assert_allclose(where([10, 20, 40]), [2.25, 2.5, 3.0])
+    where.batches = 20
+    np.testing.assert_allclose(where([40, 50, 60, 70]), [3.0, 3.5, 4.0, 4.0])
+    assert Timeline(epoch=3, batch=5, batches=10)([0, 1]).tolist() == [3.5, 3.6]
+
+
+def test_a_stream_of_unknown_length_has_one_after_an_epoch():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from (sample for batch in make_batches(5) for sample in zip(*batch, strict=True))
+
+    recorder = RunRecorder()
+    trainer = make_trainer(torch.utils.data.DataLoader(Stream(), 2), callbacks=[recorder])
+    trainer.fit(1)
+    log = recorder.log
+    assert log.batches == len(log.losses.points()[0]) > 3
+    trainer.fit(2)
+    count = len(log.losses.points()[0])
+    np.testing.assert_allclose(log.where(range(1, count + 1)), np.arange(1, count + 1) * 3 / count)
+
+
+def test_where_a_run_is_in_words():
+    log = RunLog("running", epoch=1, goal=12, batch=3, batches=8)
+    assert headline(log) == "epoch 2 of 12 · batch 3 of 8"
+    log.state = "stopped"
+    assert headline(log) == "epoch 2 of 12 · batch 3 of 8"
+    log.batch = 0
+    assert headline(log) == "epoch 1 of 12"
+    log.epoch, log.state = 12, "done"
+    assert headline(log) == "epoch 12 of 12"
+    assert headline(RunLog()) == "fit() has not been called yet"
+
+
+def test_the_wait_for_data_is_measured():
+    class Slow(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.02)
+                yield batch
+
+    recorder = RunRecorder()
+    trainer = make_trainer(Slow(make_batches(10)), make_batches(2), callbacks=[recorder])
+    trainer.fit(2)
+    assert 0.4 < trainer.data_wait < recorder.speed.trained
+    assert recorder.speed.waited == pytest.approx(trainer.data_wait)
+
+
+def test_the_log_begins_anew_where_an_earlier_state_was_loaded(tmp_path):
+    recorder = RunRecorder()
+    trainer = make_trainer(make_batches(5), callbacks=[recorder])
+    trainer.fit(2)
+    trainer.save_checkpoint(tmp_path / "two.pt")
+    trainer.fit(2)
+    trainer.load_checkpoint(tmp_path / "two.pt")
+    trainer.fit(1)
+    counts, _ = recorder.log.losses.points()
+    np.testing.assert_allclose(recorder.log.where(counts), 2 + np.arange(1, 6) / 5)
+
+
+def test_an_abandoned_window_is_not_counted_twice():
+    calls = []
+
+    class Fail(Callback):
+        def on_batch_end(self, trainer, batch, logs):
+            calls.append(batch)
+            if len(calls) == 5:  # the second of the second window
+                raise RuntimeError("once")
+
+    recorder = RunRecorder()
+    trainer = make_trainer(make_batches(6), callbacks=[recorder, Fail()], accumulation_steps=3)
+    with pytest.raises(RuntimeError, match="once"):
+        trainer.fit(1)
+    trainer.fit(1)
+    assert recorder.log.count == 6 and len(calls) == 8
+
+
+def test_more_classes_than_curves_are_said():
+    log = long_log(3, 60)
+    title, curves = score_curves(log)
+    assert title == "IoU, 12 of 60" and len(curves) == 13
+    assert len({(curve.colour, curve.style) for curve in curves}) == 13
+
+
 def test_durations_read_well():
     assert [duration(s) for s in (0.4, 59.6, 61, 3600, 90061)] == [
         "0 s", "1 min 00 s", "1 min 01 s", "1 h 00 min", "25 h 01 min",
@@ -100,9 +190,9 @@ def test_the_recorder_keeps_every_loss():
     trainer = make_trainer(make_batches(5), make_batches(2), callbacks=[Note(), recorder])
     trainer.fit(3)
     log = recorder.log
-    x, y = log.losses.points()
+    counts, y = log.losses.points()
     np.testing.assert_allclose(y, losses, rtol=1e-6)
-    np.testing.assert_allclose(x, np.arange(1, 16) / 5)
+    np.testing.assert_allclose(log.where(counts), np.arange(1, 16) / 5)
     assert log.state == "done" and log.epoch == log.goal == 3
     assert log.history == trainer.history
     assert 0 <= log.waiting < 1 and log.samples_per_second > 0 and log.memory > 10_000_000
@@ -121,8 +211,8 @@ def test_the_recorder_goes_on_after_a_stop_and_begins_anew_for_another_trainer()
     assert (recorder.log.state, recorder.log.reason) == ("stopped", "enough")
     trainer.callbacks.pop(1)
     trainer.fit(2)
-    x, _ = recorder.log.losses.points()
-    np.testing.assert_allclose(x, np.arange(1, 16) / 5)
+    counts, _ = recorder.log.losses.points()
+    np.testing.assert_allclose(recorder.log.where(counts), np.arange(1, 16) / 5)
     make_trainer(make_batches(2), callbacks=[recorder]).fit(1)
     assert len(recorder.log.losses.points()[0]) == 2
 
@@ -154,11 +244,13 @@ def test_the_recorder_reads_nothing_from_the_device_in_a_step(monkeypatch):
 def long_log(epochs=100, classes=6, steps=50_000):
     log = RunLog(state="done", epoch=epochs, goal=epochs)
     random = np.random.default_rng(0)
-    log.losses.extend(np.linspace(0, epochs, steps), random.random(steps))
+    log.where = Timeline(batches=max(1, steps // max(1, epochs)))
+    log.losses.extend(range(1, steps + 1), random.random(steps))
+    log.rates.extend(range(1, steps + 1), np.full(steps, 1e-3))
     names = ["train_loss", "val_loss", "val_IoU", *(f"val_IoU/class {c}" for c in range(classes))]
     log.history = {name: list(random.random(epochs)) for name in names}
     for number in range(20):
-        log.mark(number, f"mark {number}")
+        log.mark(f"mark {number}", number * steps / 20)
     return log
 
 
@@ -255,7 +347,7 @@ def test_a_page_that_was_loaded_anew_keeps_its_widgets(shown):
 
     class Load(Callback):
         def on_epoch_end(self, trainer, epoch, logs):
-            state = dashboard.view.figure.get_state()
+            state = dashboard.view.charts.figure.get_state()
             assert {trace["name"] for trace in state["_widget_data"]} >= {"train"}
 
     trainer = make_trainer(make_batches(4), make_batches(2), callbacks=[dashboard, Load()])
@@ -288,7 +380,9 @@ def test_checkpoint_button(shown, tmp_path):
     with pytest.warns(UserWarning, match="after batch 2 of epoch 1"):
         other.load_checkpoint(tmp_path / "run" / "step=000002.pt")
     assert other.global_step == 2
-    assert ("saved", 2 / 6) in [(m.text, pytest.approx(m.position)) for m in dashboard.log.marks]
+    assert ("saved", 2 / 6) in [
+        (m.text, pytest.approx(dashboard.log.where(m.count))) for m in dashboard.log.marks
+    ]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_no_more(shown, tmp_path):
@@ -329,7 +423,7 @@ def test_pause_holds_until_resume(shown):
     thread.join()
     assert seen == [(2, 2, "Resume")]
     assert trainer.global_step == 12 and dashboard.log.state == "done"
-    assert dashboard.trained < 0.3  # the pause is no work
+    assert dashboard.speed.trained < 0.3  # the pause is no work
 
 
 def test_a_paused_run_can_be_stopped(shown):
@@ -356,7 +450,7 @@ def test_pictures_have_the_same_parameters_as_none(shown):
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        (View, "begin"), (View, "show_status"), (View, "show_curves"), (Output, "__init__"),
+        (View, "__init__"), (View, "show_status"), (Charts, "show"), (Output, "__init__"),
         (Output, "keep_record"), (RunRecorder, "refresh"), (RunRecorder, "collect"),
         (RunRecorder, "on_epoch_end"), (RunRecorder, "on_safepoint"), (Pace, "timed"),
     ],
@@ -446,18 +540,48 @@ def test_a_dashboard_where_there_is_no_kernel():
         make_trainer(make_batches(2), progress="dashboard")
 
 
+@pytest.mark.parametrize("height", [-5, 50, "tall", 320.5, None])
+def test_a_height_that_is_none_is_refused_at_once(height):
+    with pytest.raises(ValueError, match="height in pixels"):
+        Dashboard(height=height)
+
+
+def test_one_dashboard_is_enough():
+    with pytest.raises(ValueError, match="2 dashboards"):
+        make_trainer(make_batches(1), callbacks=[Dashboard(), Dashboard()])
+
+
+def test_before_the_first_fit_there_is_nothing_to_show(shown):
+    dashboard = Dashboard()
+    make_trainer(make_batches(1), callbacks=[dashboard])
+    dashboard._ipython_display_()
+    assert [forms["text/plain"] for forms in shown] == ["ready · fit() has not been called yet"]
+
+
+def test_all_figures_share_one_library(shown):
+    first, second = (Charts(320).figure for _ in range(2))
+    assert first._library == second._library
+    assert max(len(str(value)) for value in second.get_state().values()) < 10_000
+    import ipywidgets
+
+    library = ipywidgets.widgets.widget._instances[first._library]
+    assert len(library.code) > 1_000_000
+    library.close()
+    assert Charts(320).figure._library != first._library
+
+
 def test_names_of_classes_are_no_html():
     log = RunLog(history={"val_IoU": [0.2, 0.3], "val_IoU/<b>Öl & Gas</b>": [0.2, 0.3]})
-    view = View()
-    view.show_curves(log)
-    view.show_curves(log)
-    names = [trace.name for trace in view.figure.data if trace.yaxis == "y3"]
+    charts = Charts(320)
+    charts.show(log)
+    charts.show(log)
+    names = [trace.name for trace in charts.figure.data if trace.yaxis == "y3"]
     assert names == ["mean", "&lt;b&gt;Öl &amp; Gas&lt;/b&gt;"]
-    assert view.figure.layout.annotations[2].text == "<b>IoU</b>"
+    assert charts.figure.layout.annotations[2].text == "<b>IoU</b>"
 
 
 def test_without_scores_their_panel_has_no_heading():
     log = RunLog(history={"train_loss": [0.2, 0.3]})
-    view = View()
-    view.show_curves(log)
-    assert "IoU" not in view.figure.to_json()
+    charts = Charts(320)
+    charts.show(log)
+    assert "IoU" not in charts.figure.to_json()

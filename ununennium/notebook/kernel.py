@@ -15,7 +15,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'CAUGHT', 'running_kernel', 'has_front_end', 'caught_message', 'answer', 'kernel_info_of', 'comms_of',
-           'LiveWidgets', 'ShellTap', 'interrupts_held', 'live_widgets']
+           'interrupts_held', 'flush', 'call_in', 'LiveWidgets', 'ShellTap', 'live_widgets']
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-005
 def running_kernel() -> Any | None:
@@ -31,11 +31,7 @@ def has_front_end() -> bool:
         return False
     try:
         metadata = kernel.get_parent()["metadata"]
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-    ):  # no cell: a thread, or a kernel of another make
+    except (AttributeError, LookupError, TypeError):  # no cell: a thread, or another kind of kernel
         metadata = {}
     return "cellId" in metadata or "google.colab" in sys.modules
 
@@ -89,7 +85,56 @@ def comms_of(kernel: Any, content: dict[str, Any]) -> dict[str, Any]:
         }
     }
 
-# %% ../../nbs/notebook/10_kernel.ipynb #kernel-013
+# %% ../../nbs/notebook/10_kernel.ipynb #kernel-015
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold the interrupt back to the end of the block; only the main thread gets it at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
+        if held and callable(before):
+            before(*held[0])
+
+# %% ../../nbs/notebook/10_kernel.ipynb #kernel-029
+def flush(stream: Any) -> None:
+    """Hand on the messages that wait at a stream of this thread; without any, a microsecond."""
+    import zmq
+
+    if stream.socket.get(zmq.EVENTS) & zmq.POLLIN:
+        with interrupts_held():
+            stream.flush(zmq.POLLIN)
+            stream.flush(zmq.POLLOUT)
+
+# %% ../../nbs/notebook/10_kernel.ipynb #kernel-031
+def call_in(channel: Any, act: Callable[[], None], timeout: float = 5.0) -> None:
+    """Call a function in a kernel's shell channel thread, or here if there is none, and wait.
+
+    Parameters
+    ----------
+    timeout
+        Seconds to wait at most; a handler of the user's may hold the thread for longer.
+    """
+    if channel is None:
+        act()
+        return
+    done = threading.Event()
+
+    def act_and_tell() -> None:
+        try:
+            act()
+        finally:
+            done.set()
+
+    channel.io_loop.add_callback(act_and_tell)
+    done.wait(timeout)
+
+# %% ../../nbs/notebook/10_kernel.ipynb #kernel-033
 class LiveWidgets:
     """Delivers comm messages while a cell runs; this one has nothing to do.
 
@@ -128,7 +173,7 @@ class ShellTap(LiveWidgets):
         self.context = contextvars.copy_context()
         self.thread = threading.current_thread()
         self.is_open, self.is_answering = True, False
-        self._in_stream_thread(self._take_over)
+        call_in(self.channel, self._take_over)
         self._catch_up()
         self.poll()
 
@@ -154,22 +199,6 @@ class ShellTap(LiveWidgets):
             finally:
                 self.is_answering = False
 
-    def _in_stream_thread(self, act: Callable[[], None]) -> None:
-        """Run a function in the thread that reads the stream, and wait until it is done."""
-        if self.channel is None:
-            act()
-            return
-        done = threading.Event()
-
-        def act_and_tell() -> None:
-            try:
-                act()
-            finally:
-                done.set()
-
-        self.channel.io_loop.add_callback(act_and_tell)
-        done.wait(timeout=5)  # a handler of the user's may hold the thread for longer
-
     def _catch_up(self) -> None:
         """Answer what went past before the tap was there and still waits for this thread.
 
@@ -181,48 +210,23 @@ class ShellTap(LiveWidgets):
         if inbox is not None and self.thread is main:
             before = inbox._recv_callback
             inbox.on_recv(self._router(before), copy=False)
-            self._flush(inbox)
+            flush(inbox)
             inbox.on_recv(before, copy=False)
 
     def poll(self) -> None:
         """Answer the messages that wait, where nothing else does. It costs a microsecond."""
         if self.wants_polls and not self.is_answering and threading.current_thread() is self.thread:
-            self._flush(self.stream)
-
-    @staticmethod
-    def _flush(stream: Any) -> None:
-        import zmq
-
-        if stream.socket.get(zmq.EVENTS) & zmq.POLLIN:
-            with interrupts_held():  # between taking a message out and handing it on
-                stream.flush(zmq.POLLIN)
-                stream.flush(zmq.POLLOUT)
+            flush(self.stream)
 
     def close(self) -> None:
         """Leave everything as it was found."""
         self.poll()
         self.is_open = False  # should somebody have tapped after us, then only pass on
-        self._in_stream_thread(self._give_back)
+        call_in(self.channel, self._give_back)
 
     def _give_back(self) -> None:
         if self.stream._recv_callback is self.receive:
             self.stream.on_recv(self.pass_on, copy=False)
-
-# %% ../../nbs/notebook/10_kernel.ipynb #kernel-015
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold the interrupt back to the end of the block; only the main thread gets it at all."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[int, Any]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
-        if held and callable(before):
-            before(*held[0])
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-018
 _open: list[LiveWidgets] = []  # the same tap, once for each block that is in it

@@ -9,6 +9,7 @@ import functools
 import operator
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -247,7 +248,7 @@ def check_shapes(output: Any, target: Any, facts: LossFacts) -> None:
         return
     if facts.elementwise and output.shape != target.shape:
         same_but_channel = target.numel() == output.numel() and output.ndim == target.ndim + 1
-        hint = " Add the channel: mask.unsqueeze(1)." if same_but_channel else ""
+        hint = " Add the dimension: target.unsqueeze(1)." if same_but_channel else ""
         raise ValueError(
             f"{facts.name} compares element by element, but {_pair(output, target)}.{hint}"
         )
@@ -374,7 +375,9 @@ class Windows:
     """
 
     def __init__(self, loader: Any, size: int, prepare: Callable[[Any, int], MicroBatch]) -> None:
+        begin = time.perf_counter()
         self.batches = start(loader)
+        self.waited = time.perf_counter() - begin  # seconds, for the loader to start and to give
         self.size = size
         self.prepare = prepare
         self.number = 0  # batches read so far
@@ -399,6 +402,7 @@ class Windows:
         """Make sure that a batch is there to be prepared; return False at the end of the loader."""
         if self.unprepared or self.exhausted:
             return bool(self.unprepared)
+        begin = time.perf_counter()
         try:
             self.unprepared.append(next(self.batches))
         except StopIteration:
@@ -406,4 +410,6 @@ class Windows:
         except BaseException:
             self.raised = True
             raise
+        finally:
+            self.waited += time.perf_counter() - begin
         return not self.exhausted

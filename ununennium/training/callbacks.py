@@ -20,7 +20,7 @@ from .state import warn
 
 # %% auto #0
 __all__ = ['HOOKS', 'MORE_IS_BETTER', 'LESS_IS_BETTER', 'DEFAULT_MODE', 'Callback', 'Hooks', 'direction_of', 'Monitor',
-           'EarlyStopping', 'CheckpointCallback', 'epoch_line', 'TextProgress', 'BarProgress']
+           'EarlyStopping', 'CheckpointCallback', 'class_label', 'epoch_line', 'TextProgress', 'BarProgress']
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-009
 class Callback:
@@ -414,6 +414,11 @@ class CheckpointCallback(Callback):
         self.owns_last = here and bool(state["owns_last"])
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-003
+def class_label(name: str) -> str:
+    """Return what to call a class: `water`, or `class 1` if it has no name but its number."""
+    return f"class {name}" if name.isdigit() else name
+
+
 def epoch_line(trainer: Any, epoch: int, logs: Mapping[str, float]) -> str:
     """Return the scores of an epoch in one line."""
     parts = [f"epoch {epoch + 1}/{trainer.goal}"]
@@ -425,7 +430,7 @@ def epoch_line(trainer: Any, epoch: int, logs: Mapping[str, float]) -> str:
             classes = {key[8:]: iou for key, iou in logs.items() if key.startswith("val_IoU/")}
             averaged = {key: iou for key, iou in classes.items() if not math.isnan(iou)}
             lowest = min(averaged, key=lambda key: averaged[key], default="")
-            low = f", lowest {averaged[lowest]:.3f} for {lowest}" if averaged else ""
+            low = f", lowest {averaged[lowest]:.3f} for {class_label(lowest)}" if averaged else ""
             parts[-1] += f" ({len(averaged)} of {len(classes)} classes{low})"
     for name, what in (
         ("train_skipped_steps", "steps skipped"),

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from .batches import length, sample_count
-from .callbacks import Callback, CheckpointCallback
+from .callbacks import Callback, CheckpointCallback, class_label
 from .state import History
 
 # %% auto #0
-__all__ = ['COLOURS', 'MOST_CURVES', 'STATE_COLOURS', 'MUTED', 'mean_of_known', 'Series', 'smooth', 'position', 'Mark', 'RunLog',
-           'Curve', 'epoch_curve', 'loss_curves', 'score_names', 'score_curves', 'rate_curves', 'duration', 'size',
-           'peak_memory', 'headline', 'facts', 'status_html', 'ticks', 'limits', 'thinned', 'svg_panel', 'picture',
-           'picture_html', 'record_html', 'record_text', 'jumps', 'RunRecorder']
+__all__ = ['COLOURS', 'MOST_CURVES', 'STATE_COLOURS', 'MUTED', 'mean_of_known', 'Series', 'smooth', 'Timeline', 'Mark', 'RunLog',
+           'Curve', 'epoch_curve', 'loss_curves', 'rate_curves', 'score_names', 'score_curves', 'duration', 'size',
+           'peak_memory', 'headline', 'facts', 'state_html', 'status_html', 'ticks', 'limits', 'thinned', 'legend_rows',
+           'Panel', 'picture', 'picture_html', 'record_html', 'record_text', 'jumps', 'Speed', 'RunRecorder']
 
 # %% ../../nbs/training/55_runlog.ipynb #runlog-005
 def mean_of_known(values: np.ndarray) -> np.ndarray:
@@ -94,17 +94,41 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     total = sums[ends] - sums[starts]
     return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0)
 
-# %% ../../nbs/training/55_runlog.ipynb #runlog-028
-def position(epoch: int, batch: Any, batches: int | None) -> Any:
-    """Return where a batch, or each of an array of them, is, in epochs."""
-    return epoch + (batch / batches if batches else 1 - 100 / (100 + batch))
+# %% ../../nbs/training/55_runlog.ipynb #runlog-035
+class Timeline:
+    """Tells where in epochs a batch is, by its number since the log began.
 
+    Parameters
+    ----------
+    epoch, batch
+        Where the log begins: completed epochs, and batches done of the open one.
+    batches
+        How many batches an epoch has, if it is known.
+    """
 
+    def __init__(self, epoch: int = 0, batch: int = 0, batches: int | None = None) -> None:
+        self.batches = batches
+        self._counts, self._epochs = [-batch], [epoch]  # each epoch's beginning, twice known
+
+    def begin_epoch(self, count: int) -> None:
+        """Say that an epoch ended after so many batches, and the next begins."""
+        self._counts.append(count)
+        self._epochs.append(self._epochs[-1] + 1)
+
+    def __call__(self, counts: Any) -> np.ndarray:
+        """Return where batches `(N,)` are, in epochs."""
+        counts = np.asarray(counts, dtype=float)
+        inside = np.maximum(counts - self._counts[-1], 0.0)
+        part = inside / self.batches if self.batches else 1 - 100 / (100 + inside)
+        ended = np.interp(counts, self._counts, self._epochs)
+        return np.where(inside > 0, self._epochs[-1] + np.minimum(part, 1.0), ended)
+
+# %% ../../nbs/training/55_runlog.ipynb #runlog-038
 @dataclass
 class Mark:
-    """Something that happened: at which position, and what to write there."""
+    """Something that happened: after which batch, counted as the log does, and what to write."""
 
-    position: float
+    count: float
     text: str
 
 
@@ -115,16 +139,18 @@ class RunLog:
     Parameters
     ----------
     state, reason
-        `running`, `validating`, `pausing`, `paused`, `stopping`, `stopped`, `done` or `failed`;
-        and why.
+        `ready`, `running`, `validating`, `pausing`, `paused`, `stopping`, `stopped`, `done` or
+        `failed`; and why.
     epoch, goal
         Completed epochs, and how many the run works up to.
     batch, batches
         Training batches done of the current epoch, and how many there are, if known.
     val_batch, val_batches
         The same of the running validation.
+    count, where
+        Batches since the log began; where in epochs the batch of a given count is.
     losses, rates
-        Loss and learning rate of each step.
+        Loss and learning rate of each step, by count.
     history
         The scores of each epoch.
     marks
@@ -137,7 +163,7 @@ class RunLog:
         Speed of training; the share of its time spent waiting for data; the peak in bytes.
     """
 
-    state: str = "running"
+    state: str = "ready"
     reason: str = ""
     epoch: int = 0
     goal: int = 0
@@ -145,6 +171,8 @@ class RunLog:
     batches: int | None = None
     val_batch: int = 0
     val_batches: int | None = None
+    count: int = 0
+    where: Timeline = field(default_factory=Timeline)
     losses: Series = field(default_factory=lambda: Series(600))
     rates: Series = field(default_factory=lambda: Series(300))
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -155,11 +183,17 @@ class RunLog:
     waiting: float | None = None
     memory: int | None = None
 
-    def mark(self, position: float, text: str) -> None:
-        """Note that something happened; what is best is so only once."""
+    def mark(self, text: str, count: float | None = None) -> None:
+        """Note that something happened, now if `count` is None; what is best is so only once."""
         if text == "best":
             self.marks = deque((m for m in self.marks if m.text != "best"), self.marks.maxlen)
-        self.marks.append(Mark(position, text))
+        self.marks.append(Mark(self.count if count is None else count, text))
+
+    def end_epoch(self, epoch: int) -> None:
+        """Note that an epoch has ended, and how many have by now."""
+        self.where.begin_epoch(self.count)
+        self.where.batches = self.batches
+        self.epoch, self.batch = epoch, 0
 
     @property
     def is_over(self) -> bool:
@@ -169,12 +203,12 @@ class RunLog:
     @property
     def progress(self) -> float:
         """The share of the run that is done, 0 to 1."""
-        if not self.goal or self.epoch >= self.goal:
-            return 1.0
-        inside = position(0, self.batch, self.batches)
+        if self.epoch >= self.goal:
+            return 1.0 if self.goal else 0.0
+        inside = float(self.where(self.count)) - self.epoch if self.batch else 0.0
         return min(1.0, (self.epoch + inside) / self.goal)
 
-# %% ../../nbs/training/55_runlog.ipynb #runlog-014
+# %% ../../nbs/training/55_runlog.ipynb #runlog-040
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#8c8c8c")
 MOST_CURVES = 12
 
@@ -186,9 +220,9 @@ class Curve:
     Parameters
     ----------
     style
-        `faint`, `thin`, `line`, `points`, or `dotted`, a line with points.
+        `faint`, `thin`, `dashed`, `line`, `points`, or `dotted`, a line with points.
     is_named
-        Whether the legend has it. Curves of one colour share an entry.
+        Whether the legend has it.
     by_epoch
         Whether it changes only when an epoch ends.
     """
@@ -213,46 +247,55 @@ def epoch_curve(name: str, values: list[float], colour: str, style: str, most: i
 
 def loss_curves(log: RunLog) -> list[Curve]:
     """Return the loss of the steps, smoothed, of the epochs, and in validation."""
-    x, y = log.losses.points()
+    counts, y = log.losses.points()
+    x = log.where(counts)
     blue, orange = COLOURS[:2]
-    epochs = epoch_curve("train, epoch", log.history.get("train_loss", []), blue, "points")
-    epochs.is_named = False  # the line of the same colour is
     curves = [
-        Curve("train, step", x, y, blue, "faint", False),
+        Curve("train, step", x, y, blue, "faint", is_named=False),
         Curve("train", x, smooth(y), blue),
-        epochs,
     ]
-    if "val_loss" in log.history:
-        curves.append(epoch_curve("validation", log.history["val_loss"], orange, "dotted"))
-    return curves
-
-
-def score_names(history: dict[str, list[float]]) -> list[str]:
-    """Return the scores to draw: the mean IoU and its classes, or else what there is."""
-    classes = [name for name in history if name.startswith("val_IoU/")]
-    if "val_IoU" in history:
-        return ["val_IoU", *classes[:MOST_CURVES]]
-    others = [
-        n for n in history if n.startswith("val_") and n not in ("val_loss", "val_IoU_classes")
-    ]
-    return others[:MOST_CURVES]
-
-
-def score_curves(log: RunLog) -> list[Curve]:
-    """Return the scores of the epochs."""
-    curves = []
-    for number, name in enumerate(score_names(log.history)):
-        is_mean = name == "val_IoU"
-        label = "mean" if is_mean else name.removeprefix("val_IoU/").removeprefix("val_")
-        colour = "#7a828e" if is_mean else COLOURS[number % len(COLOURS)]
-        style = "dotted" if is_mean or len(log.history[name]) == 1 else "thin"
-        curves.append(epoch_curve(label, log.history[name], colour, style))
+    for name, key, colour, style in (
+        ("train, epoch", "train_loss", blue, "points"),
+        ("validation", "val_loss", orange, "dotted"),
+    ):
+        if log.history.get(key):
+            curves.append(epoch_curve(name, log.history[key], colour, style))
     return curves
 
 
 def rate_curves(log: RunLog) -> list[Curve]:
     """Return the learning rate."""
-    return [Curve("learning rate", *log.rates.points(), COLOURS[2], is_named=False)]
+    counts, rates = log.rates.points()
+    return [Curve("learning rate", log.where(counts), rates, COLOURS[2], is_named=False)]
+
+
+def score_names(history: dict[str, list[float]]) -> tuple[str, list[str]]:
+    """Return a title and the scores to draw: the mean IoU and its classes, or what there is."""
+    if "val_IoU" in history:
+        title, first = "IoU", ["val_IoU"]
+        names = [name for name in history if name.startswith("val_IoU/")]
+    else:
+        title, first, without = "scores", [], ("val_loss", "val_IoU_classes")
+        names = [name for name in history if name.startswith("val_") and name not in without]
+    if len(names) > MOST_CURVES:
+        title += f", {MOST_CURVES} of {len(names)}"
+    return title, first + names[:MOST_CURVES]
+
+
+def score_curves(log: RunLog) -> tuple[str, list[Curve]]:
+    """Return a title and the scores of the epochs."""
+    title, names = score_names(log.history)
+    curves = []
+    for number, name in enumerate(names):
+        is_mean = name == "val_IoU"
+        label = class_label(name.removeprefix("val_IoU/").removeprefix("val_"))
+        colour = "#7a828e" if is_mean else COLOURS[number % len(COLOURS)]
+        style = "dashed" if number >= len(COLOURS) else "thin"
+        if is_mean or len(log.history[name]) == 1:  # one point makes no line
+            style = "dotted"
+        label = "mean" if is_mean else label
+        curves.append(epoch_curve(label, log.history[name], colour, style))
+    return title, curves
 
 # %% ../../nbs/training/55_runlog.ipynb #runlog-016
 def duration(seconds: float) -> str:
@@ -288,11 +331,14 @@ def peak_memory(device: torch.device) -> int | None:
 
 def headline(log: RunLog) -> str:
     """Return where the run is, and how it ended."""
-    parts = [f"epoch {min(log.epoch + (not log.is_over), log.goal)} of {log.goal}"]
+    if not log.goal:
+        return "fit() has not been called yet" if log.state == "ready" else ""
+    in_epoch = log.batch > 0 or not log.is_over  # or between two
+    parts = [f"epoch {min(log.epoch + in_epoch, log.goal)} of {log.goal}"]
     what, done, count = "batch", log.batch, log.batches
     if log.state == "validating":
         what, done, count = "validation batch", log.val_batch, log.val_batches
-    if done and log.state != "done":
+    if done:
         parts.append(f"{what} {done} of {count}" if count else f"{what} {done}")
     if log.remaining is not None and not log.is_over:
         parts.append(f"{duration(log.remaining)} left")
@@ -320,27 +366,33 @@ def facts(log: RunLog) -> str:
 # %% ../../nbs/training/55_runlog.ipynb #runlog-019
 STATE_COLOURS = {
     "running": "#009e73", "validating": "#009e73", "paused": "#e69f00", "pausing": "#e69f00",
-    "stopping": "#e69f00",
+    "stopping": "#e69f00", "ready": "#7a828e",
     "stopped": "#7a828e", "done": "#0072b2", "failed": "#c0392b",
 }  # fmt: skip
 MUTED = "color:var(--jp-ui-font-color2,#7a828e)"
 
 
+def state_html(log: RunLog) -> str:
+    """Return the state and the reason for it as HTML."""
+    reason = f": {html.escape(log.reason)}" if log.reason else ""
+    return f'<b style="color:{STATE_COLOURS[log.state]}">● {log.state}</b>{reason}'
+
+
 def status_html(log: RunLog) -> str:
     """Return state, progress and facts as HTML."""
-    colour = STATE_COLOURS[log.state]
-    reason = f": {html.escape(log.reason)}" if log.reason else ""
-    note = f'<div style="{MUTED}">{html.escape(log.note)}</div>' if log.note else ""
+    bar = "height:4px;border-radius:2px"
+    done = f"{bar};width:{log.progress:.1%};background:{STATE_COLOURS[log.state]}"
+    # The line of the note is always there: charts that jump are hard to read.
     return (
         '<div style="font-size:13px;line-height:1.5;color:var(--jp-ui-font-color1,inherit)">'
-        f'<div><b style="color:{colour}">● {log.state}</b>{reason}'
-        f' <span style="{MUTED}">&nbsp;{headline(log)}</span></div>'
-        '<div style="height:4px;border-radius:2px;margin:4px 0;background:rgba(128,128,128,.25)">'
-        f'<div style="height:4px;border-radius:2px;width:{log.progress:.1%};background:{colour}">'
-        f'</div></div><div style="{MUTED}">{facts(log)}</div>{note}</div>'
+        f'<div>{state_html(log)} <span style="{MUTED}">&nbsp;{headline(log)}</span></div>'
+        f'<div style="{bar};margin:4px 0;background:rgba(128,128,128,.25)">'
+        f'<div style="{done}"></div></div>'
+        f'<div style="{MUTED}">{facts(log) or "&nbsp;"}</div>'
+        f'<div style="{MUTED}">{html.escape(log.note) or "&nbsp;"}</div></div>'
     )
 
-# %% ../../nbs/training/55_runlog.ipynb #runlog-022
+# %% ../../nbs/training/55_runlog.ipynb #runlog-042
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Return round numbers between two values, 1, 2 or 5 times a power of ten apart."""
     span = high - low
@@ -368,60 +420,138 @@ def thinned(curve: Curve, most: int = 300) -> tuple[np.ndarray, np.ndarray]:
     return series.points()
 
 
-def svg_panel(title: str, curves: list[Curve], left: int, width: int, height: int = 230) -> str:
-    """Return one panel as a group of SVG elements."""
-    shown = [(curve, *thinned(curve)) for curve in curves]
-    low_x, high_x = limits([x for _, x, _ in shown])
-    low_x = min(low_x, 0.0)
-    low_y, high_y = limits([y for curve, _, y in shown], pad=0.05)
-    right, bottom, top = left + width - 12, height - 28, 46
+def legend_rows(curves: list[Curve], width: int) -> list[list[tuple[int, Curve]]]:
+    """Return the named curves in rows, each with its place in pixels from the left."""
+    rows: list[list[tuple[int, Curve]]] = []
+    across = width
+    for curve in curves:
+        if curve.is_named:
+            needed = 14 + 6 * len(curve.name)
+            if across + needed > width:
+                rows.append([])
+                across = 0
+            rows[-1].append((across, curve))
+            across += needed
+    return rows
 
-    def at(x: float, y: float) -> str:
-        across = left + 38 + (x - low_x) / (high_x - low_x) * (right - left - 38)
-        return f"{across:.1f},{bottom - (y - low_y) / (high_y - low_y) * (bottom - top):.1f}"
+# %% ../../nbs/training/55_runlog.ipynb #runlog-044
+@dataclass
+class Panel:
+    """A panel of the picture, with its place and size in pixels."""
 
-    parts = [f'<text x="{left + 38}" y="18" font-weight="bold">{title}</text>']
-    for tick in ticks(low_y, high_y):
-        y = at(low_x, tick).split(",")[1]
-        parts.append(f'<path d="M{left + 38},{y}H{right}" stroke="#e3e6ea"/>')
-        parts.append(f'<text x="{left + 33}" y="{y}" dy="4" text-anchor="end">{tick:g}</text>')
-    for tick in ticks(low_x, high_x):
-        x = at(tick, low_y).split(",")[0]
-        parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
-    across = left + 38
-    for curve, x, y in shown:
-        drawn = np.isfinite(y)
-        runs = np.split(np.arange(len(y)), np.flatnonzero(np.diff(drawn)) + 1) if len(y) else []
-        width_of = {"faint": 0.8, "thin": 1.4, "points": 0}.get(curve.style, 2)
-        look = f'fill="none" stroke="{curve.colour}" stroke-width="{width_of}"'
-        look += ' opacity="0.35"' if curve.style == "faint" else ""
-        for run in runs:
-            if len(run) and drawn[run[0]] and width_of:
-                points = " ".join(at(float(x[i]), float(y[i])) for i in run)
-                parts.append(f'<polyline points="{points}" {look}/>')
-        if curve.style in ("dotted", "points") and len(y) <= 60:
-            for i in np.flatnonzero(drawn):
-                cx, cy = at(float(x[i]), float(y[i])).split(",")
-                parts.append(f'<circle cx="{cx}" cy="{cy}" r="2.2" fill="{curve.colour}"/>')
-        if curve.is_named and across < right - 60:
+    title: str
+    curves: list[Curve]
+    left: int
+    top: int
+    width: int
+    height: int
+    marks: list[tuple[float, str]] = field(default_factory=list)
+    from_zero: bool = False
+
+    def __post_init__(self) -> None:
+        self.points = [thinned(curve) for curve in self.curves]
+        low_x, self.high_x = limits([x for x, _ in self.points])
+        self.low_x = min(low_x, 0.0)
+        zero = [np.zeros(1)] if self.from_zero else []
+        self.low_y, self.high_y = limits([y for _, y in self.points] + zero, pad=0.05)
+        self.start, self.end = self.left + 46, self.left + self.width - 12
+        self.legend = legend_rows(self.curves, self.end - self.start)
+        self.low, self.high = self.top + self.height - 28, self.top + 28 + 15 * len(self.legend)
+
+    def x(self, value: float) -> str:
+        """Return how far across a value is."""
+        share = (value - self.low_x) / (self.high_x - self.low_x)
+        return f"{self.start + share * (self.end - self.start):.1f}"
+
+    def y(self, value: float) -> str:
+        """Return how far down a value is."""
+        share = (value - self.low_y) / (self.high_y - self.low_y)
+        return f"{self.low - share * (self.low - self.high):.1f}"
+
+    def names(self) -> list[str]:
+        """Return the title and the legend."""
+        parts = [
+            f'<text x="{self.start}" y="{self.top + 18}" font-weight="bold">{self.title}</text>'
+        ]
+        for number, row in enumerate(self.legend):
+            for across, curve in row:
+                place = f'x="{self.start + across}" y="{self.top + 34 + 15 * number}"'
+                name = html.escape(curve.name)
+                parts.append(f'<text {place} fill="{curve.colour}">{name}</text>')
+        return parts
+
+    def axes(self) -> list[str]:
+        """Return lines and numbers."""
+        parts = []
+        for tick in ticks(self.low_y, self.high_y, 5 if self.height > 150 else 2):
+            y = self.y(tick)
+            parts.append(f'<path d="M{self.start},{y}H{self.end}" stroke="#e3e6ea"/>')
             parts.append(
-                f'<text x="{across}" y="35" fill="{curve.colour}">{html.escape(curve.name)}</text>'
+                f'<text x="{self.start - 5}" y="{y}" dy="4" text-anchor="end">{tick:g}</text>'
             )
-            across += 14 + 6 * len(curve.name)
-    return "".join(parts)
+        for tick in ticks(self.low_x, self.high_x):
+            if float(x := self.x(tick)) < self.end - 45:  # there is a word at the end
+                place = f'x="{x}" y="{self.low + 16}" text-anchor="middle"'
+                parts.append(f"<text {place}>{tick:g}</text>")
+        parts.append(f'<text x="{self.end}" y="{self.low + 16}" text-anchor="end">epoch</text>')
+        return parts
+
+    def line(self, curve: Curve, x: np.ndarray, y: np.ndarray) -> list[str]:
+        """Return a curve; where it is not finite is a gap."""
+        parts: list[str] = []
+        drawn = np.isfinite(y)
+        places = [
+            f"{self.x(a)},{self.y(b)}" if ok else "" for a, b, ok in zip(x, y, drawn, strict=True)
+        ]
+        width = {"faint": 0.8, "thin": 1.4, "dashed": 1.4}.get(curve.style, 2)
+        look = f'fill="none" stroke="{curve.colour}" stroke-width="{width}"'
+        look += {"faint": ' opacity="0.35"', "dashed": ' stroke-dasharray="3 2"'}.get(
+            curve.style, ""
+        )
+        if curve.style != "points":
+            for run in " ".join(place or "|" for place in places).split("|"):
+                if run.strip():
+                    parts.append(f'<polyline points="{run.strip()}" {look}/>')
+        if curve.style in ("dotted", "points") and len(y) <= 60:
+            for place in filter(None, places):
+                across, down = place.split(",")
+                parts.append(f'<circle cx="{across}" cy="{down}" r="2.2" fill="{curve.colour}"/>')
+        return parts
+
+    def events(self) -> list[str]:
+        """Return what happened where."""
+        parts = []
+        for where, text in self.marks:
+            x = self.x(where)
+            line = f'd="M{x},{self.high}V{self.low}" stroke="#7a828e" stroke-dasharray="1 2"'
+            place = f'transform="translate({x},{self.high}) rotate(-90)" dy="-3"'
+            words = f'<text {place} font-size="9" text-anchor="end">{html.escape(text)}</text>'
+            parts.append(f"<path {line}/>{words}")
+        return parts
+
+    def svg(self) -> str:
+        """Return the panel as SVG elements."""
+        curves = zip(self.curves, self.points, strict=True)
+        lines = [part for curve, points in curves for part in self.line(curve, *points)]
+        return "".join([*self.names(), *self.axes(), *self.events(), *lines])
 
 
 def picture(log: RunLog) -> str:
     """Return the charts as an SVG document."""
-    scores = score_curves(log)
-    title = "IoU" if "val_IoU" in log.history else "scores"
-    panels = [svg_panel("loss", loss_curves(log), 0, 460 if scores else 920)]
+    title, scores = score_curves(log)
+    rates = [curve for curve in rate_curves(log) if len(curve.x)]
+    width, height = 460 if scores else 920, 300
+    marks = [(float(log.where(mark.count)), mark.text) for mark in log.marks]
+    panels = [Panel("loss", loss_curves(log), 0, 0, width, 210 if rates else height, marks)]
+    if rates:
+        panels.append(Panel("learning rate", rates, 0, 200, width, height - 200, from_zero=True))
     if scores:
-        panels.append(svg_panel(title, scores, 460, 460))
+        panels.append(Panel(title, scores, 460, 0, width, height))
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 230" width="920" height="230" '
-        'font-family="sans-serif" font-size="11" fill="#5b6470">'
-        f'<rect width="920" height="230" rx="6" fill="#fff"/>{"".join(panels)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 {height}" width="920" '
+        f'height="{height}" font-family="sans-serif" font-size="11" fill="#5b6470">'
+        f'<rect width="920" height="{height}" rx="6" fill="#fff"/>'
+        f"{''.join(panel.svg() for panel in panels)}</svg>"
     )
 
 # %% ../../nbs/training/55_runlog.ipynb #runlog-024
@@ -434,10 +564,11 @@ def picture_html(log: RunLog) -> str:
 
 def record_html(log: RunLog) -> str:
     """Return how the run ended, and a table of its scores, as HTML."""
-    reason = f": {html.escape(log.reason)}" if log.reason else ""
-    state = f'<b style="color:{STATE_COLOURS[log.state]}">● {log.state}</b>{reason}'
-    lines = [f"{state} · {headline(log)}", facts(log), html.escape(log.note)]
+    first = " · ".join(part for part in (state_html(log), headline(log)) if part)
+    lines = [first, facts(log), html.escape(log.note)]
     table = History(log.history)._repr_html_() if log.history else ""
+    if len(log.history) > 30:
+        table = f'<div style="max-height:500px;overflow:auto">{table}</div>'
     return f"<div><p>{'<br>'.join(line for line in lines if line)}</p>{table}</div>"
 
 
@@ -449,6 +580,8 @@ def record_text(log: RunLog) -> str:
 # %% ../../nbs/training/55_runlog.ipynb #runlog-030
 def jumps(values: list[float], held: int = 3, factor: float = 1.5) -> list[int]:
     """Return where a value that had been the same for some steps changes by a factor."""
+    if len(set(values)) < 2:
+        return []
     return [
         i
         for i in range(held, len(values))
@@ -457,7 +590,39 @@ def jumps(values: list[float], held: int = 3, factor: float = 1.5) -> list[int]:
         and not 1 / factor < (values[i] / values[i - 1] if values[i - 1] else math.inf) < factor
     ]
 
-# %% ../../nbs/training/55_runlog.ipynb #runlog-032
+# %% ../../nbs/training/55_runlog.ipynb #runlog-046
+@dataclass
+class Speed:
+    """How fast a run trains.
+
+    Parameters
+    ----------
+    samples
+        In the latest batch that was looked at.
+    batches, trained, waited
+        How many, and the seconds that they took, those of waiting for data included.
+    validated
+        Seconds of the latest validation.
+    """
+
+    samples: float = 1.0
+    batches: int = 0
+    trained: float = 0.0
+    waited: float = 0.0
+    validated: float = 0.0
+
+    def tell(self, log: RunLog) -> None:
+        """Write speed and remaining time into the log."""
+        if not self.trained:
+            return
+        log.waiting = min(1.0, self.waited / self.trained)
+        log.samples_per_second = self.samples * self.batches / self.trained
+        if log.batches:
+            left = (log.goal - log.epoch) * log.batches - log.batch
+            seconds = left * self.trained / self.batches
+            log.remaining = seconds + (log.goal - log.epoch) * self.validated
+
+# %% ../../nbs/training/55_runlog.ipynb #runlog-048
 class RunRecorder(Callback):
     """Keeps a `RunLog` of a run."""
 
@@ -465,54 +630,49 @@ class RunRecorder(Callback):
         self._begin()
 
     def _begin(self) -> None:
-        self.log = RunLog()
-        self.notes: list[tuple[float, float, Any, Any]] = []  # came, ended, loss, rate
-        self.unread: list[tuple[np.ndarray, Tensor]] = []  # positions and losses on the device
+        self.log, self.speed = RunLog(), Speed()
+        self.notes: list[tuple[float, Any, Any]] = []  # when it was done, loss, learning rate
+        self.unread: list[tuple[np.ndarray, Tensor]] = []  # counts and losses on the device
         self.held_rates: list[float] = []
-        self.samples = 1.0  # of the latest batch that was looked at
-        self.trained = self.waited = self.validated = 0.0  # seconds
-        self.batches = 0  # in the seconds of training
-        self.came = self.ended = self.look_at = 0.0  # on the clock of time.perf_counter
+        self.ended = self.look_at = 0.0  # the last batch, and when to look, by perf_counter
+        self.waited = 0.0  # what of trainer.data_wait is counted
         self.best: Path | None = None
 
     def on_train_start(self, trainer: Any) -> None:
-        """Begin a log, or go on with it."""
-        if trainer.epoch == trainer.global_step == trainer.batch == 0:
-            self._begin()
+        """Go on with the log, or begin one, if the trainer is elsewhere than the log."""
         log = self.log
+        if (trainer.epoch, trainer.batch) != (log.epoch, log.batch) or not trainer.global_step:
+            self._begin()
+            log = self.log
+            log.epoch, log.batch = trainer.epoch, trainer.batch
+            log.where = Timeline(log.epoch, log.batch)
         log.state, log.reason, log.note, log.history = "running", "", "", trainer.history
-        log.goal, log.epoch, log.batch = trainer.goal, trainer.epoch, trainer.batch
-        log.batches = length(trainer.train_loader)
+        log.goal = trainer.goal
+        log.batches = log.where.batches = length(trainer.train_loader) or log.batches
+        self.waited = trainer.data_wait
         self.ended = time.perf_counter()
 
     def on_epoch_start(self, trainer: Any, epoch: int) -> None:
-        """Count batches anew."""
-        self.log.batch = 0
+        """Begin to train; what came before was validation."""
         self.ended = time.perf_counter()
-
-    def on_batch_start(self, trainer: Any, batch: Any) -> None:
-        """Note when the batch came."""
-        self.came = time.perf_counter()
 
     def on_batch_end(self, trainer: Any, batch: Any, logs: dict[str, Any]) -> None:
         """Leave a note of loss and learning rate; read neither from the device."""
         now = time.perf_counter()
-        rate = trainer.optimizer.param_groups[0]["lr"]
-        self.notes.append((self.came, now, logs.get("train_loss"), rate))
+        self.notes.append((now, logs.get("train_loss"), trainer.optimizer.param_groups[0]["lr"]))
         if now >= self.look_at:
-            self.samples = sample_count(batch)
-            self.collect()
+            self.speed.samples = sample_count(batch)
             self.look(trainer)
             self.ended = time.perf_counter()
         elif len(self.notes) == 512:
-            self.collect()
+            self.collect(trainer)
 
     def on_safepoint(self, trainer: Any, phase: str) -> None:
         """Count the batches of a validation."""
         log = self.log
         if phase == "validate":
             if log.state == "running":
-                self.collect()
+                self.collect(trainer)
                 log.state, log.val_batch = "validating", 0
                 log.val_batches = length(trainer.val_loader)
             elif log.state == "validating":
@@ -520,11 +680,13 @@ class RunRecorder(Callback):
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         """Take over the scores."""
-        self.collect()
+        self.collect(trainer)
         log = self.log
         if log.state == "validating":
-            log.state, self.validated = "running", time.perf_counter() - self.ended
-        log.history, log.epoch, log.batch = trainer.history, trainer.epoch, 0
+            log.state, self.speed.validated = "running", time.perf_counter() - self.ended
+        log.batches = length(trainer.train_loader) or log.batch
+        log.end_epoch(trainer.epoch)
+        log.history = trainer.history
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         """Note what went wrong."""
@@ -536,6 +698,7 @@ class RunRecorder(Callback):
         self.refresh(trainer)
         self.read_losses()
         log = self.log
+        log.count += trainer.batch - log.batch  # those of an abandoned window are taken again
         log.batch, log.epoch = trainer.batch, trainer.epoch
         if log.state != "failed":
             log.state = "stopped" if trainer.stop_reason else "done"
@@ -547,52 +710,49 @@ class RunRecorder(Callback):
         self.read_losses()
         self.look_at = time.perf_counter() + 1
 
-    def collect(self) -> None:
+    def collect(self, trainer: Any) -> None:
         """Count the steps that left notes. Nothing is read from the device."""
         notes, self.notes = self.notes, []
         if not notes:
             return
-        log = self.log
-        numbers = log.batch + 1 + np.arange(len(notes))
-        where = position(log.epoch, numbers, log.batches)
-        came, ended, losses, rates = zip(*notes, strict=True)
-        self.waited += sum(came) - sum(ended[:-1]) - self.ended
-        self.trained += ended[-1] - self.ended
-        self.batches += len(notes)
-        self.ended, log.batch = ended[-1], log.batch + len(notes)
+        ends, losses, rates = zip(*notes, strict=True)
+        log, speed = self.log, self.speed
+        counts = log.count + 1 + np.arange(len(notes))
+        log.count, log.batch = log.count + len(notes), log.batch + len(notes)
+        waited, self.waited = trainer.data_wait - self.waited, trainer.data_wait
+        speed.waited += waited
+        speed.trained += ends[-1] - self.ended
+        speed.batches += len(notes)
+        self.ended = ends[-1]
         used = [i for i, loss in enumerate(losses) if loss is not None]  # others had no valid pixel
         if used:
-            self.unread.append((where[used], torch.stack([losses[i] for i in used])))
+            self.unread.append((counts[used], torch.stack([losses[i] for i in used])))
         if not isinstance(rates[0], Tensor):  # a tensor may be on the device
-            log.rates.extend(where, np.array(rates))
-            rates = [*self.held_rates, *rates]
-            for i in jumps(rates):
-                log.mark(
-                    where[i - len(self.held_rates)], f"lr {rates[i - 1]:.2g} to {rates[i]:.2g}"
-                )
-            self.held_rates = rates[-3:]
+            self._collect_rates(counts, list(rates))
+
+    def _collect_rates(self, counts: np.ndarray, rates: list[float]) -> None:
+        self.log.rates.extend(counts, rates)
+        held = self.held_rates
+        rates = [*held, *rates]
+        for i in jumps(rates):
+            text = f"lr {rates[i - 1]:.2g} to {rates[i]:.2g}"
+            self.log.mark(text, float(counts[i - len(held)]))
+        self.held_rates = rates[-3:]
 
     def refresh(self, trainer: Any) -> None:
         """Bring the log up to date, but for the losses that are still on the device."""
-        self.collect()
-        log = self.log
-        if self.trained:
-            log.waiting = self.waited / self.trained
-            log.samples_per_second = self.samples * self.batches / self.trained
-            if log.batches:
-                left = (log.goal - log.epoch) * log.batches - log.batch
-                seconds = left * self.trained / self.batches
-                log.remaining = seconds + (log.goal - log.epoch) * self.validated
-        log.memory = peak_memory(trainer.device)
+        self.collect(trainer)
+        self.speed.tell(self.log)
+        self.log.memory = peak_memory(trainer.device)
         keepers = (c for c in trainer.callbacks if isinstance(c, CheckpointCallback))
         best = next((keeper.best_path for keeper in keepers), None)
         if best not in (None, self.best):
             self.best = best
-            log.mark(trainer.epoch, "best")
+            self.log.mark("best")
 
     def read_losses(self) -> None:
         """Read the losses from the device, which waits for it."""
         unread, self.unread = self.unread, []
         if unread:
             losses = torch.cat([losses.float() for _, losses in unread]).cpu().numpy()
-            self.log.losses.extend(np.concatenate([where for where, _ in unread]), losses)
+            self.log.losses.extend(np.concatenate([counts for counts, _ in unread]), losses)

@@ -42,7 +42,10 @@ def resolve_device(name: str | torch.device) -> torch.device:
         ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            warn(f"device={str(name)!r}, but PyTorch sees no GPU here: training on the CPU.")
+            warn(
+                f"PyTorch sees no GPU here, so training is on the CPU instead of {str(name)!r}. "
+                "Pass TrainerConfig(device='cpu'), or 'auto', to be told no more."
+            )
             return torch.device("cpu")
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():

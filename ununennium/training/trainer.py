@@ -741,6 +741,7 @@ class Run(Evaluator):
         self._modes = TrainingModes(self.model)
         self._skips = SkipLog(self.config.max_skipped_steps)
         self._built = group_settings(optimizer)
+        self._waited = 0.0  # in the epochs that are closed
         self._open: OpenEpoch | None = None
         self._random: dict[str, Any] | None = None  # a file's, put in place when fit goes on
 
@@ -758,6 +759,11 @@ class Run(Evaluator):
     def batch(self) -> int:
         """Batches done of the epoch that is open; 0 between epochs."""
         return self._open.batches if self._open else 0
+
+    @property
+    def data_wait(self) -> float:
+        """Seconds that training has waited for its loader, in all the epochs it has begun."""
+        return self._waited + (self._open.windows.waited if self._open else 0.0)
 
     @property
     def global_step(self) -> int:
@@ -1030,6 +1036,7 @@ class Session(Run):
         uncounted = self._skips.uncounted()
         skipped = self._skips.close_epoch(self.epoch, scaled=self.precision.scaler.is_enabled())
         self._state.global_step -= uncounted
+        self._waited += epoch.windows.waited
         self._open = None
         return {
             "lr": float(self.optimizer.param_groups[0]["lr"]),
