@@ -56,15 +56,18 @@ class FrontEnd:
         """Return the notebook as it is on disk."""
         return json.loads(self.file.read_text(encoding="utf-8"))
 
-    def open(self, *, kernel: bool = True) -> None:
-        """Open the notebook; without a kernel, as where the one that it names is not installed."""
+    def open(self, *, kernel: bool = True, idle: bool = True) -> None:
+        """Open the notebook; without a kernel, as where the one that it names is not installed.
+
+        The kernel, if there is one, is `idle` unless a cell still runs.
+        """
         self.page.unroute_all()
         if not kernel:
             self.page.route("**/api/kernelspecs*", self._hide_kernel)
         # Its own workspace: the default one reopens the notebooks of earlier tests.
         part = f"lab/workspaces/{self.name}/tree" if self.front == "lab" else "notebooks"
         self.page.goto(f"{self.server.url}/{part}/{quote(self.file.name)}")
-        self._wait_open(kernel)
+        self._wait_open(kernel, idle)
 
     def reload(self, *, idle: bool = True) -> None:
         """Load the page again; the kernel goes on, and is `idle` unless a cell still runs."""

@@ -177,6 +177,47 @@ def test_the_charts_of_every_run_are_drawn(notebook, front):
     assert returned(page, 2)
 
 
+def test_a_tab_that_is_opened_again_in_a_later_run(notebook):
+    """Closed after the second run began, and opened again: charts and buttons live."""
+    page = notebook("lab", "trainer.fit(3); print('returned 1 so')", "train()")
+    page.queue(1)
+    assert returned(page, 1)
+    page.queue(2)
+    wait_state(page, 2, "running", "validating")
+    page.save()
+    page.page.goto("about:blank")
+    page.open(idle=False)
+    wait_state(page, 2, "running", "validating")
+    lines = page.output(2).locator(".js-plotly-plot .scatterlayer path.js-line")
+    page.wait(lambda: lines.count() >= 5, "the curves are drawn")
+    first = lines.nth(0).get_attribute("d")
+    page.wait(lambda: lines.nth(0).get_attribute("d") != first, "they grow")
+    click(page, 2, "Stop")
+    wait_state(page, 2, "stopped: Stop button")
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_the_charts_are_as_wide_as_the_cell(notebook, front):
+    """Live and in the record, in a window that becomes narrower and wider."""
+    page = notebook(front, "train()")
+    page.queue(1)
+    wait_state(page, 1, "running", "validating")
+
+    def fits(width):
+        page.page.set_viewport_size({"width": width, "height": 900})
+        cell = page.output(1).evaluate("e => e.getBoundingClientRect().width")
+        charts = page.output(1).locator(".js-plotly-plot .main-svg, img")
+        found = charts.evaluate_all(WIDEST)
+        return found <= cell + 1 and found > 0.7 * min(cell, 1400)
+
+    for width in (1280, 700, 1280):
+        page.wait(lambda width=width: fits(width), f"live charts fit into {width} pixels")
+    click(page, 1, "Stop")
+    assert returned(page, 1)
+    for width in (1280, 700, 1280):
+        page.wait(lambda width=width: fits(width), f"the record fits into {width} pixels")
+
+
 @pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
 @pytest.mark.parametrize("front", FRONTS)
 def test_reload(notebook, front, version, tmp_path):
