@@ -228,6 +228,8 @@ def test_marks_of_the_learning_rate_and_of_the_best_model(tmp_path):
     trainer.fit(3)
     texts = [mark.text for mark in recorder.log.marks]
     assert "lr 0.5 to 0.05" in texts and texts.count("best") == 1
+    best = next(m for m in recorder.log.marks if m.text == "best")
+    assert recorder.log.where(best.count) in (1, 2, 3)  # when an epoch ended
 
 
 def test_the_recorder_reads_nothing_from_the_device_in_a_step(monkeypatch):
@@ -491,7 +493,7 @@ def test_a_display_that_fails_never_ends_training(shown, monkeypatch, place, nam
 def test_a_pace_spends_its_share():
     """On a made-up clock: drawings of 20 ms, looked for every millisecond, for 100 s."""
     clock = [0.0]
-    pace, spent = Pace(share=0.01, least=0.5, advance=0.1), 0.0
+    pace, spent = Pace(0.01, least=0.5, advance=0.1, clock=lambda: clock[0]), 0.0
     pace.start = pace.next = 0.0
     original, module.time.perf_counter = time.perf_counter, lambda: clock[0]
     try:

@@ -156,13 +156,14 @@ def axes() -> dict[str, Any]:
 def heading(text: str, x: float, y: float) -> dict[str, Any]:
     """Return plotly's description of a panel's title, above its left corner."""
     place = {"x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": "left"}
-    return place | {"text": f"<b>{text}</b>", "showarrow": False, "yanchor": "bottom"}
+    look = {"text": f"<b>{text}</b>", "showarrow": False, "yanchor": "bottom"}
+    return place | look | {"yshift": 16 if y == 1 else 0}  # a legend may be in between
 
 
 def empty_figure(height: int) -> Any:
     """Return a plotly figure with three empty panels."""
     legend = {"y": 1.0, "font": {"size": 10}, "bgcolor": "rgba(0,0,0,0)"}
-    above = {"x": 0.47, "xanchor": "right", "yanchor": "bottom", "orientation": "h"}
+    above = {"x": 0, "xanchor": "left", "yanchor": "bottom", "orientation": "h"}
     look = {
         "template": "none",
         "autosize": True,
@@ -365,25 +366,33 @@ class Pace:
         Seconds between two drawings, at least.
     advance
         Seconds of drawing that are free.
+    clock
+        Measures drawings, in seconds.
 
     `other` is what else was spent, in seconds; it may take half of the share from the drawings.
     """
 
-    def __init__(self, share: float = 0.003, least: float = 0.5, advance: float = 0.02) -> None:
-        self.share, self.least = share, least
+    def __init__(
+        self,
+        share: float = 0.003,
+        least: float = 0.5,
+        advance: float = 0.02,
+        clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self.share, self.least, self.clock = share, least, clock
         self.spent, self.other = -advance, 0.0
         self.start = time.perf_counter()
         self.next = self.start  # when to draw, on the clock of time.perf_counter
 
     @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
-        """Time a drawing, and put the next one off accordingly."""
-        begin = time.perf_counter()
+    def timed(self, free: bool = False) -> Iterator[None]:
+        """Time a drawing, unless it is free, and put the next one off accordingly."""
+        begin = self.clock()
         try:
             yield
         finally:
             now = time.perf_counter()
-            self.spent += now - begin
+            self.spent += 0.0 if free else self.clock() - begin
             spent = self.spent + min(self.other, self.share * (now - self.start) / 2)
             self.next = max(now + self.least, self.start + spent / self.share)
 
@@ -413,7 +422,8 @@ class LiveRecorder(RunRecorder):
 
     def _begin_to_draw(self) -> None:
         self.pace, self.status_pace = Pace(), Pace(0.001, least=1.0, advance=0.005)
-        self.epoch_is_new, self.look_at, self.poll_at = True, 0.0, 0.0
+        self.epoch_is_new = self.is_free = True
+        self.look_at = self.poll_at = 0.0
         self.batches_before = self.speed.batches
 
     @property
@@ -454,8 +464,11 @@ class LiveRecorder(RunRecorder):
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         """Take over the scores; the next drawing shows them."""
+        is_first = not self.log.history
         super().on_epoch_end(trainer, epoch, logs)
         self.epoch_is_new = True
+        if is_first:
+            self.is_free, self.look_at, self.pace.next = True, 0.0, 0.0
 
     def on_safepoint(self, trainer: Any, phase: str) -> None:
         """Answer the messages that wait; draw in validation too."""
@@ -480,9 +493,9 @@ class LiveRecorder(RunRecorder):
                 if whole or time.perf_counter() >= self.pace.next:
                     self.read_losses()
                     self.pace.other = COST_OF_A_BATCH * (self.speed.batches - self.batches_before)
-                    with self.pace.timed():
+                    with self.pace.timed(free=whole or self.is_free):
                         self.view.charts.show(self.log, self.epoch_is_new)
-                    self.epoch_is_new = False
+                    self.epoch_is_new = self.is_free = False
             finally:
                 self.live.lock.release()
             self.look_at = self.status_pace.next

@@ -110,6 +110,11 @@ class Timeline:
         self.batches = batches
         self._counts, self._epochs = [-batch], [epoch]  # each epoch's beginning, twice known
 
+    @property
+    def latest(self) -> int:
+        """The count at which the latest epoch began."""
+        return self._counts[-1]
+
     def begin_epoch(self, count: int) -> None:
         """Say that an epoch ended after so many batches, and the next begins."""
         self._counts.append(count)
@@ -360,7 +365,7 @@ def facts(log: RunLog) -> str:
     if log.waiting is not None:
         parts.append(f"{log.waiting:.0%} waiting for data")
     if log.memory is not None:
-        parts.append(f"peak memory {size(log.memory)}")
+        parts.append(f"peak {size(log.memory)}")
     return " · ".join(parts)
 
 # %% ../../nbs/training/55_runlog.ipynb #runlog-019
@@ -748,7 +753,7 @@ class RunRecorder(Callback):
         best = next((keeper.best_path for keeper in keepers), None)
         if best not in (None, self.best):
             self.best = best
-            self.log.mark("best")
+            self.log.mark("best", self.log.where.latest)
 
     def read_losses(self) -> None:
         """Read the losses from the device, which waits for it."""
