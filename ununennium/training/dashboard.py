@@ -157,7 +157,7 @@ def heading(text: str, x: float, y: float) -> dict[str, Any]:
     """Return plotly's description of a panel's title, above its left corner."""
     place = {"x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": "left"}
     look = {"text": f"<b>{text}</b>", "showarrow": False, "yanchor": "bottom"}
-    return place | look | {"yshift": 16 if y == 1 else 0}  # a legend may be in between
+    return place | look | {"yshift": 19 if y == 1 else 0}  # a legend may be in between
 
 
 def empty_figure(height: int) -> Any:
@@ -168,7 +168,7 @@ def empty_figure(height: int) -> Any:
         "template": "none",
         "autosize": True,
         "height": height,
-        "margin": {"l": 44, "r": 8, "t": 44, "b": 38},
+        "margin": {"l": 44, "r": 8, "t": 48, "b": 38},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": INK, "size": 11},
@@ -343,7 +343,10 @@ class Output:
         self.handle.update(self.record[0], raw=True)
         display(self.record[1], raw=True)
         if self.view.was_loaded_anew:
-            self.log.note = "To keep this in the notebook, run trainer.dashboard in a cell."
+            self.log.note = (
+                "This page was loaded during the run and cannot keep the result: run "
+                "trainer.dashboard in a cell to have it in the notebook."
+            )
             self.view.show_status(self.log)
         else:
             self.close()
@@ -374,9 +377,9 @@ class Pace:
 
     def __init__(
         self,
-        share: float = 0.003,
+        share: float = 0.002,
         least: float = 0.5,
-        advance: float = 0.02,
+        advance: float = 0.005,
         clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self.share, self.least, self.clock = share, least, clock
@@ -421,7 +424,7 @@ class LiveRecorder(RunRecorder):
         self._begin_to_draw()
 
     def _begin_to_draw(self) -> None:
-        self.pace, self.status_pace = Pace(), Pace(0.001, least=1.0, advance=0.005)
+        self.pace, self.status_pace = Pace(), Pace(0.001, least=1.0)
         self.epoch_is_new = self.is_free = True
         self.look_at = self.poll_at = 0.0
         self.batches_before = self.speed.batches
@@ -555,12 +558,13 @@ class Dashboard(LiveRecorder):
 
     def _pause(self) -> None:
         if self.trainer is not None and not self.trainer.should_stop:
-            self.asked_to_pause = not self.asked_to_pause
+            self.asked_to_pause, self.poll_at = not self.asked_to_pause, 0.0
             self.say("pausing" if self.asked_to_pause else "running")
 
     def _checkpoint(self) -> None:
         if self.trainer is not None:
-            self.asked_to_save, self.log.note = True, "saving a checkpoint after this step"
+            self.asked_to_save, self.poll_at = True, 0.0
+            self.log.note = "saving a checkpoint after this step"
             self.say(self.log.state, self.log.reason)
 
     def on_train_start(self, trainer: Any) -> None:
@@ -570,8 +574,9 @@ class Dashboard(LiveRecorder):
 
     def on_safepoint(self, trainer: Any, phase: str) -> None:
         """Obey the buttons."""
-        if phase != "train" or time.perf_counter() >= self.poll_at:  # seldom, and steps are many
-            super().on_safepoint(trainer, phase)
+        if phase == "train" and time.perf_counter() < self.poll_at:
+            return  # nearly always, and steps are many
+        super().on_safepoint(trainer, phase)
         if self.asked_to_save or self.asked_to_pause:
             self._obey(trainer, "running" if phase == "train" else "validating")
 
@@ -592,7 +597,7 @@ class Dashboard(LiveRecorder):
         self.asked_to_pause = False
         if not trainer.should_stop:
             self.say(state)
-        self.ended = time.perf_counter()  # a pause is no work
+        self.counted = time.perf_counter()  # a pause is no work
 
     def _save(self, trainer: Any) -> None:
         self.asked_to_save, log = False, self.log

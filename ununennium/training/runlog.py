@@ -636,10 +636,12 @@ class RunRecorder(Callback):
 
     def _begin(self) -> None:
         self.log, self.speed = RunLog(), Speed()
-        self.notes: list[tuple[float, Any, Any]] = []  # when it was done, loss, learning rate
+        self.losses: list[Any] = []  # of the steps that are not yet collected
+        self.rates: list[Any] = []
         self.unread: list[tuple[np.ndarray, Tensor]] = []  # counts and losses on the device
         self.held_rates: list[float] = []
-        self.ended = self.look_at = 0.0  # the last batch, and when to look, by perf_counter
+        # By perf_counter: up to when training was counted, the last batch, and when to look.
+        self.counted = self.ended = self.look_at = 0.0
         self.waited = 0.0  # what of trainer.data_wait is counted
         self.best: Path | None = None
 
@@ -655,22 +657,21 @@ class RunRecorder(Callback):
         log.goal = trainer.goal
         log.batches = log.where.batches = length(trainer.train_loader) or log.batches
         self.waited = trainer.data_wait
-        self.ended = time.perf_counter()
+        self.counted = time.perf_counter()
 
     def on_epoch_start(self, trainer: Any, epoch: int) -> None:
         """Begin to train; what came before was validation."""
-        self.ended = time.perf_counter()
+        self.counted = time.perf_counter()
 
     def on_batch_end(self, trainer: Any, batch: Any, logs: dict[str, Any]) -> None:
         """Leave a note of loss and learning rate; read neither from the device."""
-        now = time.perf_counter()
-        self.notes.append((now, logs.get("train_loss"), trainer.optimizer.param_groups[0]["lr"]))
+        self.losses.append(logs.get("train_loss"))
+        self.rates.append(trainer.optimizer.param_groups[0]["lr"])
+        self.ended = now = time.perf_counter()
         if now >= self.look_at:
             self.speed.samples = sample_count(batch)
             self.look(trainer)
-            self.ended = time.perf_counter()
-        elif len(self.notes) == 512:
-            self.collect(trainer)
+            self.counted = time.perf_counter()  # looking is no work
 
     def on_safepoint(self, trainer: Any, phase: str) -> None:
         """Count the batches of a validation."""
@@ -688,7 +689,7 @@ class RunRecorder(Callback):
         self.collect(trainer)
         log = self.log
         if log.state == "validating":
-            log.state, self.speed.validated = "running", time.perf_counter() - self.ended
+            log.state, self.speed.validated = "running", time.perf_counter() - self.counted
         log.batches = length(trainer.train_loader) or log.batch
         log.end_epoch(trainer.epoch)
         log.history = trainer.history
@@ -717,23 +718,23 @@ class RunRecorder(Callback):
 
     def collect(self, trainer: Any) -> None:
         """Count the steps that left notes. Nothing is read from the device."""
-        notes, self.notes = self.notes, []
-        if not notes:
+        losses, self.losses = self.losses, []
+        rates, self.rates = self.rates, []
+        if not losses:
             return
-        ends, losses, rates = zip(*notes, strict=True)
         log, speed = self.log, self.speed
-        counts = log.count + 1 + np.arange(len(notes))
-        log.count, log.batch = log.count + len(notes), log.batch + len(notes)
+        counts = log.count + 1 + np.arange(len(losses))
+        log.count, log.batch = log.count + len(losses), log.batch + len(losses)
         waited, self.waited = trainer.data_wait - self.waited, trainer.data_wait
         speed.waited += waited
-        speed.trained += ends[-1] - self.ended
-        speed.batches += len(notes)
-        self.ended = ends[-1]
+        speed.trained += self.ended - self.counted
+        speed.batches += len(losses)
+        self.counted = self.ended
         used = [i for i, loss in enumerate(losses) if loss is not None]  # others had no valid pixel
         if used:
             self.unread.append((counts[used], torch.stack([losses[i] for i in used])))
         if not isinstance(rates[0], Tensor):  # a tensor may be on the device
-            self._collect_rates(counts, list(rates))
+            self._collect_rates(counts, rates)
 
     def _collect_rates(self, counts: np.ndarray, rates: list[float]) -> None:
         self.log.rates.extend(counts, rates)
