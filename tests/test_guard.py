@@ -219,7 +219,7 @@ def test_mixed_precision_on_a_cpu_is_full_precision():
 
 def test_cuda_without_a_gpu_warns_once_and_trains_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.warns(UserWarning, match="no GPU here: training on the CPU") as caught:
+    with pytest.warns(UserWarning, match="no GPU here, so training is on the CPU") as caught:
         trainer = make_trainer(device="cuda")
     assert len(caught) == 1 and caught[0].filename == __file__.replace("test_guard", "conftest")
     trainer.fit(1)
