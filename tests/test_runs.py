@@ -1,7 +1,9 @@
 """Rules 7, 16, 17: schedulers, the meaning of fit, stopping, and who is told what."""
 
 import contextlib
+import gc
 import math
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
 
 from conftest import make_batches, make_trainer, same_history, same_state
 from ununennium import Callback, EarlyStopping
@@ -375,3 +378,27 @@ def test_scores_that_come_later_have_nan_before():
     assert [math.isnan(value) for value in history["val_loss"]] == [True, True, False]
     trainer.val_loader = None
     assert [math.isnan(value) for value in trainer.fit(1)["val_IoU"]] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("stops", [False, True])
+def test_workers_end_at_once_when_a_trainer_is_dropped(monkeypatch, stops, persistent):
+    """A worker that was not told to end looks after five seconds; here it is killed before."""
+
+    class Look(Callback):
+        def on_batch_end(self, trainer, batch, logs):
+            workers[:] = multiprocessing.active_children()
+            if stops:
+                trainer.request_stop("enough")
+
+    workers = []
+    samples = [
+        (image, mask) for batch in make_batches(4) for image, mask in zip(*batch, strict=True)
+    ]
+    loader = DataLoader(samples, 2, num_workers=2, persistent_workers=persistent)
+    trainer = make_trainer(loader, loader, callbacks=[Look()])
+    trainer.fit(1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 2.0)
+    del trainer, loader
+    gc.collect()
+    assert len(workers) >= 2 and {worker.exitcode for worker in workers} == {0}

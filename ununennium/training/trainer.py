@@ -11,6 +11,7 @@ import operator
 import random
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -742,6 +743,10 @@ class Run(Evaluator):
         self._skips = SkipLog(self.config.max_skipped_steps)
         self._built = group_settings(optimizer)
         self._waited = 0.0  # in the epochs that are closed
+        # The garbage collector takes a loader and its workers apart in any order, and the workers
+        # then end only after five seconds each. Held from outside, they go in theirs.
+        self._held: list[Any] = []
+        weakref.finalize(self, self._held.clear).atexit = False
         self._open: OpenEpoch | None = None
         self._random: dict[str, Any] | None = None  # a file's, put in place when fit goes on
 
@@ -1028,7 +1033,9 @@ class Session(Run):
                 set_epoch(self.epoch)
         self._skips.open_epoch()
         self._tell("on_epoch_start", self.epoch)
-        self._open = OpenEpoch(Windows(loader, self.config.accumulation_steps, self._prepare))
+        windows = Windows(loader, self.config.accumulation_steps, self._prepare)
+        self._held[:] = [loader, self.val_loader, windows.batches]
+        self._open = OpenEpoch(windows)
         return self._open
 
     def _close_epoch(self, epoch: OpenEpoch) -> dict[str, float]:
