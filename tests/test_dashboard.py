@@ -131,6 +131,37 @@ def test_the_wait_for_data_is_measured():
     assert recorder.speed.waited == pytest.approx(trainer.data_wait)
 
 
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict"])
+def test_samples_are_counted_by_the_images(kind, size):
+    batches = make_batches(4, size=size)
+    if kind == "dict":
+        batches = [{"crs": "x", "image": image, "mask": mask} for image, mask in batches]
+    batches = [list(batch) if kind == "list" else batch for batch in batches]
+    recorder = RunRecorder()
+    make_trainer(batches, callbacks=[recorder]).fit(1)
+    assert recorder.speed.samples == size
+
+
+def test_the_first_validation_counts_for_the_remaining_time():
+    class Slow(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.05)
+                yield batch
+
+    recorder, seen = RunRecorder(), []
+
+    class Look(Callback):
+        def on_safepoint(self, trainer, phase):
+            if phase == "validate":
+                recorder.refresh(trainer)
+                seen.append(recorder.log.remaining)
+
+    make_trainer(make_batches(2), Slow(make_batches(8)), callbacks=[recorder, Look()]).fit(2)
+    assert 0.5 < seen[4] < 5  # two validations of 0.4 s
+
+
 def test_the_log_begins_anew_where_an_earlier_state_was_loaded(tmp_path):
     recorder = RunRecorder()
     trainer = make_trainer(make_batches(5), callbacks=[recorder])
@@ -542,7 +573,7 @@ def test_a_dashboard_where_there_is_no_kernel():
         make_trainer(make_batches(2), progress="dashboard")
 
 
-@pytest.mark.parametrize("height", [-5, 50, "tall", 320.5, None])
+@pytest.mark.parametrize("height", [-5, 200, "tall", 320.5, None])
 def test_a_height_that_is_none_is_refused_at_once(height):
     with pytest.raises(ValueError, match="height in pixels"):
         Dashboard(height=height)
@@ -572,13 +603,14 @@ def test_all_figures_share_one_library(shown):
     assert Charts(320).figure._library != first._library
 
 
-def test_names_of_classes_are_no_html():
-    log = RunLog(history={"val_IoU": [0.2, 0.3], "val_IoU/<b>Öl & Gas</b>": [0.2, 0.3]})
+def test_names_of_classes_are_no_html_and_no_formulas():
+    scores = {"val_IoU": [0.2, 0.3], "val_IoU/<b>Öl & Gas</b>": [0.2, 0.3]}
+    log = RunLog(history=scores | {'val_IoU/"$x^2$"': [0.2, 0.3]})
     charts = Charts(320)
     charts.show(log)
     charts.show(log)
     names = [trace.name for trace in charts.figure.data if trace.yaxis == "y3"]
-    assert names == ["mean", "&lt;b&gt;Öl &amp; Gas&lt;/b&gt;"]
+    assert names == ["mean", "&lt;b&gt;Öl &amp; Gas&lt;/b&gt;", '"&#36;x^2&#36;"']
     assert charts.figure.layout.annotations[2].text == "<b>IoU</b>"
 
 

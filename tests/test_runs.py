@@ -408,3 +408,15 @@ def test_workers_end_at_once_when_a_trainer_is_dropped(monkeypatch, stops, persi
     del trainer, loader
     gc.collect()
     assert len(workers) >= 2 and not killed
+
+
+def test_a_fit_within_a_fit_is_refused():
+    class Again(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            trainer.fit(1)
+
+    trainer = make_trainer(callbacks=[Again()])
+    with pytest.raises(RuntimeError, match="while a fit of this trainer runs"):
+        trainer.fit(1)
+    trainer.callbacks.clear()
+    trainer.fit(1)

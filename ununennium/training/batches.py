@@ -302,6 +302,8 @@ def check_labels(
             hint = "They seem to start at 1: subtract 1."
         elif len(pairs) == 1:
             hint = f"If {values[0]:g} means no data, {cure.format(values[0])}."
+            if values[0] == num_classes:
+                hint += f" If it is a class, the model needs {num_classes + 1}."
         else:
             hint = f"Correct them; or, if one of them means no data, {cure.format('that value')}."
         raise ValueError(

@@ -36,8 +36,8 @@ from ununennium.training.runlog import (
 from .state import warn
 
 # %% auto #0
-__all__ = ['FIGURE', 'INK', 'WIDGET', 'PLOTLY', 'COST_OF_A_BATCH', 'BETWEEN_POLLS', 'figure_class', 'plotly_style', 'axes',
-           'heading', 'empty_figure', 'Charts', 'View', 'live_forms', 'record_forms', 'Output', 'Pace',
+__all__ = ['FIGURE', 'INK', 'WIDGET', 'PLOTLY', 'COST_OF_A_BATCH', 'BETWEEN_POLLS', 'figure_class', 'plotly_text', 'plotly_style',
+           'axes', 'heading', 'empty_figure', 'Charts', 'View', 'live_forms', 'record_forms', 'Output', 'Pace',
            'enable_widgets', 'LiveRecorder', 'Dashboard', 'missing_libraries', 'progress_display']
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-032
@@ -122,13 +122,18 @@ def figure_class() -> type:
 INK = "#7a828e"
 
 
+def plotly_text(text: str) -> str:
+    """Return a text so that plotly takes it for no HTML and no formula."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
+
+
 def plotly_style(curve: Curve) -> dict[str, Any]:
     """Return how plotly draws a curve."""
     width = {"faint": 1, "thin": 1.5, "dashed": 1.5}.get(curve.style, 2)
     mode = {"points": "markers", "dotted": "lines+markers"}.get(curve.style, "lines")
     dash = "dash" if curve.style == "dashed" else "solid"
     return {
-        "name": html.escape(curve.name),  # plotly would read it as HTML
+        "name": plotly_text(curve.name),
         "mode": mode,
         "line": {"color": curve.colour, "width": width, "dash": dash},
         "marker": {"color": curve.colour, "size": 4 if curve.style == "points" else 5},
@@ -220,7 +225,7 @@ class Charts:
         with self.figure.batch_update():
             for panel, curves in panels.items():
                 for curve in curves if epoch_is_new else (c for c in curves if not c.by_epoch):
-                    trace = traces[f"y{panel}", html.escape(curve.name)]
+                    trace = traces[f"y{panel}", plotly_text(curve.name)]
                     trace.x, trace.y = curve.x.astype("float32"), curve.y.astype("float32")
             marks = [(float(log.where(mark.count)), mark.text) for mark in log.marks]
             if self._marked != marks:
@@ -242,7 +247,7 @@ class Charts:
         text = {"y": 1, "yanchor": "top", "xanchor": "right", "textangle": -90, "showarrow": False}
         line = {"type": "line", "y0": 0, "y1": 1, "line": {"color": INK, "width": 1, "dash": "dot"}}
         look = place | text | {"font": {"size": 10, "color": INK}}
-        notes = [look | {"x": x, "text": html.escape(words)} for x, words in self._marked]
+        notes = [look | {"x": x, "text": plotly_text(words)} for x, words in self._marked]
         self.figure.layout.annotations = [*self.figure.layout.annotations[:3], *notes]
         self.figure.layout.shapes = [place | line | {"x0": x, "x1": x} for x, _ in self._marked]
 
@@ -532,7 +537,7 @@ class Dashboard(LiveRecorder):
         Where the Checkpoint button saves; if None, the folder of the trainer's first
         `CheckpointCallback`, or else `checkpoints`.
     height
-        Of the charts, in pixels, 100 to 2000.
+        Of the charts, in pixels, 240 to 2000.
     always
         Show it in every kernel, also where no front end is known to be there.
     """
@@ -540,9 +545,11 @@ class Dashboard(LiveRecorder):
     def __init__(
         self, *, checkpoint_dir: str | Path | None = None, height: int = 320, always: bool = False
     ) -> None:
-        if not isinstance(height, int) or not 100 <= height <= 2000:
-            raise ValueError(f"height={height!r}; pass the charts' height in pixels, 100 to 2000.")
+        if not isinstance(height, int) or not 240 <= height <= 2000:
+            raise ValueError(f"height={height!r}; pass the charts' height in pixels, 240 to 2000.")
         super().__init__(height, always)
+        if not isinstance(checkpoint_dir, (str, Path, type(None))):
+            raise TypeError(f"checkpoint_dir={checkpoint_dir!r}; pass the path of a folder.")
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.asked_to_pause = self.asked_to_save = False
 
@@ -604,7 +611,6 @@ class Dashboard(LiveRecorder):
         keepers = [c.dirpath for c in trainer.callbacks if isinstance(c, CheckpointCallback)]
         folder = self.checkpoint_dir or (keepers[0] if keepers else Path("checkpoints"))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             path = trainer.save_checkpoint(folder / f"step={trainer.global_step:06d}.pt")
             log.note = f"saved {path}"
             log.mark("saved")

@@ -607,7 +607,7 @@ class Speed:
     batches, trained, waited
         How many, and the seconds that they took, those of waiting for data included.
     validated
-        Seconds of the latest validation.
+        Seconds of the latest validation, or of the first one as far as it can be told.
     """
 
     samples: float = 1.0
@@ -669,7 +669,7 @@ class RunRecorder(Callback):
         self.rates.append(trainer.optimizer.param_groups[0]["lr"])
         self.ended = now = time.perf_counter()
         if now >= self.look_at:
-            self.speed.samples = sample_count(batch)
+            self.speed.samples = sample_count((trainer.unpack(batch)[0],))
             self.look(trainer)
             self.counted = time.perf_counter()  # looking is no work
 
@@ -683,6 +683,9 @@ class RunRecorder(Callback):
                 log.val_batches = length(trainer.val_loader)
             elif log.state == "validating":
                 log.val_batch += 1
+                if log.epoch == 0 and log.val_batches:
+                    share = log.val_batch / log.val_batches
+                    self.speed.validated = (time.perf_counter() - self.counted) / share
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         """Take over the scores."""

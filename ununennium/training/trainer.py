@@ -747,6 +747,7 @@ class Run(Evaluator):
         # then end only after five seconds each. Held from outside, they go in theirs.
         self._held: list[Any] = []
         weakref.finalize(self, self._held.clear).atexit = False
+        self._is_running = False
         self._open: OpenEpoch | None = None
         self._random: dict[str, Any] | None = None  # a file's, put in place when fit goes on
 
@@ -991,7 +992,7 @@ class Session(Run):
             if self.config.progress != "none" and not (self.dashboard and self.dashboard.view):
                 print("Stopping after this step. Interrupt again to stop at once.", flush=True)
 
-        with modes_restored(self.model), interrupt_noted(note_interrupt):
+        with self._noted_as_running(), modes_restored(self.model), interrupt_noted(note_interrupt):
             self._modes.apply(self.model)
             try:
                 yield
@@ -1011,6 +1012,14 @@ class Session(Run):
                 if self._open is not None:  # a look at the loader in the pause shall change nothing
                     self._random = random_state_of(self)
                 self._tell("on_train_end", to_all=True)
+
+    @contextlib.contextmanager
+    def _noted_as_running(self) -> Iterator[None]:
+        self._is_running = True
+        try:
+            yield
+        finally:
+            self._is_running = False
 
     def _asked_to_stop(self, phase: str) -> bool:
         """Say whether to stop, after everybody had a chance to ask for it, or to hold the run."""
@@ -1087,6 +1096,11 @@ class Trainer(Session):
             How many more epochs; None works up to `config.epochs` in total. An epoch that was left
             in the middle is finished first, as one of them.
         """
+        if self._is_running:
+            raise RuntimeError(
+                "fit() was called while a fit of this trainer runs, from a callback or another "
+                "thread. Call request_stop() there, and fit() again after it."
+            )
         goal = self._goal(epochs)
         if goal > self.epoch:
             with self._running(goal):
