@@ -597,6 +597,7 @@ class Dashboard(LiveRecorder):
             if trainer.should_stop or not self.asked_to_pause:
                 break
             if self.log.state != "paused":
+                self.refresh(trainer)
                 self.say("paused", "Resume goes on")
                 self.look(trainer, whole=True)
             time.sleep(0.05)
