@@ -1,5 +1,8 @@
 """Small runs that the tests share."""
 
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -97,3 +100,13 @@ def same_state(one, other):
 def same_history(one, other):
     """Histories are equal, NaN to NaN."""
     return str(one) == str(other)
+
+
+def start_process(target: Callable, *args) -> BaseProcess:
+    """Run a function in a new process, which need not import PyTorch first."""
+    context = multiprocessing.get_context("forkserver")
+    # The first optimizer of a process imports torch._dynamo, which takes a second.
+    context.set_forkserver_preload(["ununennium.training", "torch._dynamo"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process

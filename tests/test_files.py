@@ -1,8 +1,11 @@
 """Rules 12-15, 19 and, at the end of an epoch, 18: monitors, checkpoints, going on."""
 
+import contextlib
 import itertools
 import math
 import os
+import pickle
+import shutil
 import warnings
 
 import pytest
@@ -12,6 +15,7 @@ from torch.optim import lr_scheduler
 from conftest import make_batches, make_trainer, same_history, same_state, small_net
 from ununennium import CheckpointCallback, CheckpointError, EarlyStopping
 from ununennium.training import checkpoint
+from ununennium.training.checkpoint import save_file
 
 SCHEDULERS = {
     "none": None,
@@ -68,7 +72,7 @@ def test_callbacks_remember(tmp_path):
     assert second.callbacks[1].kept == first.callbacks[1].kept and len(first.callbacks[1].kept) == 2
     second.fit(3)
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert len(files) == 3 and "last.pt" in files
+    assert len(files) == 4 and files[2:] == ["last.pt", "previous.pt"]
 
 
 def test_settings_come_from_the_caller(tmp_path):
@@ -161,8 +165,8 @@ def test_a_load_replaces_an_open_epoch(tmp_path):
     trainer.fit(1)
     assert trainer.batch == 1
     half = trainer.save_checkpoint(tmp_path / "half.pt")
-    with pytest.warns(UserWarning, match=r"after batch 1 of epoch 2\..* begins anew"):
-        trainer.load_checkpoint(half)
+    trainer.load_checkpoint(half)
+    assert trainer.batch == 1 and trainer.epoch == 1
     trainer.load_checkpoint(path)
     assert trainer.batch == 0 and trainer.epoch == 1
 
@@ -174,16 +178,18 @@ class Scores:
     """Runs a CheckpointCallback over given scores, without training."""
 
     def __init__(self, callback, scores, name="val_IoU"):
-        self.epoch = self.global_step = 0
+        self.epoch = self.global_step = self.batch = 0
         self.val_loader, self.directions = (), {}
         self.callback = callback
         callback.on_train_start(self)
         for epoch, score in enumerate(scores):
             callback.on_scores(self, epoch, {name: score})
             callback.on_epoch_end(self, epoch, {name: score})
+        callback.on_train_end(self)
 
-    def save_checkpoint(self, path):
-        return checkpoint.save_file({"model": {}, "of": self.callback.state_dict()}, path)
+    def save_in_background(self, path, **options):
+        state = {"model": {}, "of": self.callback.state_dict()}
+        return checkpoint.save_in_background(state, path, **options)
 
 
 def kept(folder):
@@ -206,7 +212,7 @@ def kept(folder):
 def test_top_k(tmp_path, top_k, scores, expected):
     callback = CheckpointCallback(tmp_path, "val_IoU", "max", save_top_k=top_k)
     Scores(callback, scores)
-    assert kept(tmp_path) == sorted([*expected, "last.pt"])
+    assert kept(tmp_path) == sorted([*expected, "last.pt", "previous.pt"])
     if expected and top_k > 0:
         assert callback.best_score == max(score for score in scores if not math.isnan(score))
 
@@ -221,7 +227,7 @@ def test_another_run_in_the_same_folder_deletes_and_overwrites_nothing(tmp_path)
     assert all(content in now for content in first.values())
     assert kept(tmp_path) == [
         "epoch=001-val_IoU=0.5000.pt", "epoch=002-val_IoU=0.6000.pt",
-        "last-old1.pt", "last.pt", "notes.pt",
+        "last-old1.pt", "last.pt", "notes.pt", "previous.pt",
     ]  # fmt: skip
 
 
@@ -236,8 +242,9 @@ def test_new_before_old(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
+    callback.on_epoch_end(trainer, 1, {"val_IoU": 0.9})
     with pytest.warns(UserWarning, match="no checkpoint after epoch 2.* No space left"):
-        callback.on_epoch_end(trainer, 1, {"val_IoU": 0.9})
+        callback.on_train_end(trainer)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert callback.best_score == 0.5
 
@@ -245,9 +252,7 @@ def test_new_before_old(tmp_path, monkeypatch):
 def test_a_folder_deleted_in_mid_run(tmp_path):
     class Vandal:
         def on_epoch_end(self, trainer, epoch, logs):
-            for path in (tmp_path / "run").iterdir():
-                path.unlink()
-            os.rmdir(tmp_path / "run")
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
     callbacks = [CheckpointCallback(tmp_path / "run", "train_loss"), Vandal()]
     trainer = make_trainer(callbacks=callbacks)
@@ -303,7 +308,7 @@ def test_the_last_file_is_there_even_if_nothing_is_best(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss", save_top_k=0)]).fit(2)
-    assert kept(tmp_path) == ["last.pt"]
+    assert kept(tmp_path) == ["last.pt", "previous.pt"]
 
 
 class Hostile:
@@ -320,6 +325,25 @@ def test_a_hostile_file_runs_nothing(tmp_path):
     torch.save(torch.load(path) | {"progress": Hostile(tmp_path / "owned")}, path)
     with pytest.raises(CheckpointError, match="damaged or is no checkpoint"):
         trainer.load_checkpoint(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_bytes_in_a_file_are_not_unpickled(tmp_path):
+    """Workers send their random states pickled; a file that says it has some is not believed."""
+    data = torch.utils.data.TensorDataset(*map(torch.cat, zip(*make_batches(4), strict=True)))
+    loader = torch.utils.data.DataLoader(data, 2, num_workers=1, persistent_workers=True)
+    trainer = make_trainer(loader)
+    trainer.fit(1)
+    hostile = pickle.dumps(Hostile(tmp_path / "owned"))
+    state = torch.load(trainer.save_checkpoint(tmp_path / "a.pt"))
+    del state["checksum"]
+    state["workers"]["train"]["workers"] = {0: hostile}
+    save_file(state, tmp_path / "a.pt")
+    trainer = make_trainer(loader)
+    with contextlib.suppress(Exception):
+        trainer.load_checkpoint(tmp_path / "a.pt")
+        trainer.save_checkpoint(tmp_path / "b.pt")
+        trainer.fit(1)
     assert not (tmp_path / "owned").exists()
 
 

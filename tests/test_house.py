@@ -57,13 +57,18 @@ ALLOWED = {
     "training.step": {"training.state", "training.batches"},
     "notebook.kernel": set(),
     "training.runlog": {"training.state", "training.batches", "training.callbacks"},
+    "training.feed": {"training.state", "training.checkpoint", "training.batches"},
+    "training.check": {
+        "training.state", "training.batches", "training.callbacks", "training.feed",
+    },
     "training.dashboard": {
         "notebook.kernel", "training.state", "training.batches", "training.callbacks",
         "training.runlog",
     },
     "training.trainer": {
         "metrics", "training.state", "training.checkpoint", "training.callbacks",
-        "training.batches", "training.step", "training.dashboard",
+        "training.batches", "training.step", "training.dashboard", "training.feed",
+        "training.check",
     },
 }  # fmt: skip
 

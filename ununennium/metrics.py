@@ -59,6 +59,17 @@ class WeightedMean:
         weight = float(self.weight)
         return float(self.total) / weight if self.total is not None and weight else math.nan
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums."""
+        return {"total": self.total, "weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
+        """Go on with sums that were saved, on a device."""
+        self.total, self.weight = (
+            value.to(device, copy=True) if isinstance(value, Tensor) else value
+            for value in (state["total"], state["weight"])
+        )
+
 # %% ../nbs/10_metrics.ipynb #metrics-035
 def predicted_classes(output: Tensor) -> Tensor:
     """Return the class that a model's output stands for.

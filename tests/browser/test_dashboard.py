@@ -112,7 +112,6 @@ def test_buttons(notebook, latencies, version, comms, front):
 
     click(page, 4, "Pause")
     wait_state(page, 4, "paused")
-    time.sleep(0.5)  # it is drawn once more
     at = status(page, 4)
     time.sleep(0.5)
     assert status(page, 4) == at  # nothing moves

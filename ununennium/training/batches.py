@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ..losses import MaskedLoss
 
 # %% auto #0
-__all__ = ['CLASS_LOSSES', 'LOGIT_LOSSES', 'ELEMENT_LOSSES', 'unpack', 'move', 'prediction', 'LossFacts', 'loss_facts',
-           'batch_weight', 'sample_count', 'check_shapes', 'check_labels', 'widen', 'start', 'length', 'MicroBatch',
-           'Windows']
+__all__ = ['NAMES', 'CLASS_LOSSES', 'LOGIT_LOSSES', 'ELEMENT_LOSSES', 'unpack', 'sample_names', 'quote_names', 'bad_rows', 'move',
+           'prediction', 'LossFacts', 'loss_facts', 'batch_weight', 'sample_count', 'check_shapes', 'check_labels',
+           'widen', 'start', 'length', 'MicroBatch', 'Windows']
 
 # %% ../../nbs/training/40_batches.ipynb #batches-008
 def unpack(batch: Any) -> tuple[Any, Any]:
@@ -54,6 +54,40 @@ def unpack(batch: Any) -> tuple[Any, Any]:
         f"A batch is a {kind}; expected (inputs, target), a dictionary with 'image' and 'mask', or "
         "an object with .images and .labels. Change the dataset, or override Trainer.unpack."
     )
+
+# %% ../../nbs/training/40_batches.ipynb #batches-046
+NAMES = ("filename", "file", "path", "image_path", "id", "sample_id", "key", "index", "idx")
+
+
+def sample_names(batch: Any) -> tuple[str, list[str]] | None:
+    """Return how a batch names its samples, and the names `(N,)`; None if it does not."""
+    key = next((key for key in NAMES if key in batch), None) if isinstance(batch, Mapping) else None
+    if key is None:
+        return None
+    names = batch[key]
+    if isinstance(names, Tensor):
+        names = names.tolist() if _is_on_host(names) else []
+    return key, [str(name) for name in (names if isinstance(names, (list, tuple)) else [names])]
+
+
+def quote_names(names: tuple[str, list[str]] | None, rows: list[int] | None = None) -> str:
+    """Return names in words, those of some rows or all; empty if there are none."""
+    if names is None or not names[1]:
+        return f"sample {', '.join(map(str, rows))} of it" if rows else ""
+    chosen = [names[1][row] for row in rows or range(len(names[1])) if row < len(names[1])]
+    more = f" and {len(chosen) - 5} more" if len(chosen) > 5 else ""
+    return f"{names[0]} {', '.join(chosen[:5])}{more}"
+
+
+def _is_on_host(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu"
+
+
+def bad_rows(value: Any) -> list[int]:
+    """Return which samples of a host tensor `(N, ...)` hold something that is not finite."""
+    if not (_is_on_host(value) and value.is_floating_point() and value.ndim):
+        return []
+    return torch.where(~value.flatten(1).isfinite().all(1))[0].tolist() if value.ndim > 1 else []
 
 # %% ../../nbs/training/40_batches.ipynb #batches-025
 def move(value: Any, device: torch.device) -> Any:
@@ -204,10 +238,6 @@ def sample_count(target: Any) -> float:
     parts = target.values() if isinstance(target, Mapping) else target
     tensors = [part for part in parts if isinstance(part, Tensor) and part.ndim]
     return float(tensors[0].shape[0]) if tensors else 1.0
-
-
-def _is_on_host(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu"
 
 
 def _on_host(tensor: Tensor) -> np.ndarray:
@@ -374,15 +404,19 @@ class Windows:
         Batches in a window; the last one may hold fewer.
     prepare
         Makes a `MicroBatch` from what the loader gave and its number in the epoch.
+    number
+        Batches of the epoch that were read before.
     """
 
-    def __init__(self, loader: Any, size: int, prepare: Callable[[Any, int], MicroBatch]) -> None:
+    def __init__(
+        self, loader: Any, size: int, prepare: Callable[[Any, int], MicroBatch], number: int = 0
+    ) -> None:
         begin = time.perf_counter()
         self.batches = start(loader)
         self.waited = time.perf_counter() - begin  # seconds, for the loader to start and to give
         self.size = size
         self.prepare = prepare
-        self.number = 0  # batches read so far
+        self.number = number
         self.unprepared: list[Any] = []  # read, and stays here if prepare raises
         self.window: list[MicroBatch] = []  # stays if the loader raises, so that no batch is lost
         self.exhausted = False

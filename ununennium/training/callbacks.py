@@ -11,16 +11,17 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointError, copy_file
+from .checkpoint import CheckpointError, copy_file, remove_leftovers
 from .state import warn
 
 # %% auto #0
-__all__ = ['HOOKS', 'MORE_IS_BETTER', 'LESS_IS_BETTER', 'DEFAULT_MODE', 'Callback', 'Hooks', 'direction_of', 'Monitor',
-           'EarlyStopping', 'CheckpointCallback', 'class_label', 'epoch_line', 'TextProgress', 'BarProgress']
+__all__ = ['HOOKS', 'MORE_IS_BETTER', 'LESS_IS_BETTER', 'Memory', 'DEFAULT_MODE', 'Callback', 'Hooks', 'direction_of', 'Monitor',
+           'EarlyStopping', 'Keeper', 'CheckpointCallback', 'class_label', 'epoch_line', 'TextProgress', 'BarProgress']
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-009
 class Callback:
@@ -273,52 +274,37 @@ class EarlyStopping(Callback):
             state["waited"],
         )
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-027
-# "min", but another object than the "min" that somebody passes: nobody chose this one.
-DEFAULT_MODE = "".join(("m", "in"))
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-000
+Memory = tuple[list[tuple[float, str]], bool]  # which files were kept, and whether last.pt is ours
 
 
-class CheckpointCallback(Callback):
-    """Keep the last and the best models in a folder.
+class Keeper(Callback):
+    """Writes `last.pt` in the background, keeps the best, and remembers which files are its own.
 
     Parameters
     ----------
     dirpath
-        The folder. It is made, and tried, before the first step.
+        The folder.
     monitor
-        The score by which models are compared.
-    mode
-        `"min"`, `"max"`, or `"auto"`: as the metric says itself, else by well-known names. The
-        direction that keeps the worst model of a well-known score is refused.
+        Compares models.
     save_top_k
-        How many of the best to keep: 0 keeps only `last.pt`, -1 keeps all.
+        How many of the best to keep; -1 keeps all.
     """
 
-    def __init__(
-        self,
-        dirpath: str | Path,
-        monitor: str = "val_loss",
-        mode: str = DEFAULT_MODE,
-        save_top_k: int = 1,
-    ) -> None:
-        if save_top_k < -1:
-            raise ValueError(
-                f"CheckpointCallback(save_top_k={save_top_k}) must be -1 (all), 0 or more."
-            )
-        if mode is DEFAULT_MODE and direction_of(monitor) is None:
-            mode = "auto"  # nobody said that this score should be small
-        self.dirpath = Path(dirpath)
-        self.monitor = Monitor(monitor, mode, owner="CheckpointCallback")
-        self.save_top_k = save_top_k
+    def __init__(self, dirpath: Path, monitor: Monitor, save_top_k: int) -> None:
+        self.dirpath, self.monitor, self.save_top_k = dirpath, monitor, save_top_k
+        self._saving: tuple[Future[Path], Memory, str] | None = None
+        self.place: tuple[int, int, int] | None = None  # where the run was saved last
         self._forget()
 
     def _forget(self) -> None:
         self.kept: list[tuple[float, str]] = []  # (score, file name), best first
-        self.owns_last = False
+        self.owns_last = self.was_told = False
 
     @property
     def best_path(self) -> Path | None:
         """The best model's file, or None if none was kept."""
+        self._settle()
         best = self._best()
         return self.dirpath / best[1] if best else None
 
@@ -331,51 +317,68 @@ class CheckpointCallback(Callback):
     def _best(self) -> tuple[float, str] | None:
         return next((entry for entry in self.kept if not math.isnan(entry[0])), None)
 
-    def on_train_start(self, trainer: Any) -> None:
-        """Make sure, before the first step, that the folder takes files and the score will come."""
-        self.monitor.check_start(trainer)
-        if trainer.epoch == 0 and trainer.global_step == 0:
-            self._forget()
-        probe = self.dirpath / ".writable"
-        try:
-            self.dirpath.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise CheckpointError(
-                f"Checkpoints cannot be written to {self.dirpath} ({error.strerror}). Pass a "
-                "folder that you may write to as dirpath. Nothing was trained."
-            ) from error
+    def _note_place(self, trainer: Any) -> None:
+        self.place = (trainer.epoch, trainer.global_step, trainer.batch)
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
 
-    def on_scores(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        """Complain about an unknown score in the first epoch."""
-        self.monitor.read(logs, trainer.directions)
-
-    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        """Write `last.pt`, keep a copy if it is among the best, delete the one it displaced."""
-        score = logs.get(self.monitor.name, math.nan)
-        self.kept = [entry for entry in self.kept if (self.dirpath / entry[1]).is_file()]
+    def _save(
+        self,
+        trainer: Any,
+        when: str,
+        kept: list[tuple[float, str]] | None = None,
+        copies: Sequence[str] = (),
+        dropped: Sequence[str] = (),
+    ) -> None:
+        """Begin to write `last.pt`; then copy it to some names, and delete others."""
+        self._settle()
+        self._note_place(trainer)
         before = (self.kept, self.owns_last)
-        last, kept = self.dirpath / "last.pt", list(self.kept)
-        place = self._place(score)
-        if place is not None:
-            kept.insert(place, (score, self._free_name(epoch, score)))
-        dropped = kept[self.save_top_k :] if self.save_top_k >= 0 else []
-        try:
-            if not self.owns_last and last.exists():
-                aside = self._free_path(last, "old")
-                last.rename(aside)
-                warn(f"{last} of an earlier run was moved to {aside.name}.")
-            # The file remembers itself: bookkeeping first, then the file that contains it.
-            self.kept, self.owns_last = [entry for entry in kept if entry not in dropped], True
-            trainer.save_checkpoint(last)
-            if place is not None:
-                copy_file(last, self.dirpath / kept[place][1])
-            for _, name in dropped:
+        last, previous = self.dirpath / "last.pt", self.dirpath / "previous.pt"
+
+        def tidy_up(path: Path) -> None:
+            for name in copies:
+                copy_file(path, self.dirpath / name)
+            for name in dropped:
                 (self.dirpath / name).unlink(missing_ok=True)
+
+        try:
+            if not self.owns_last:
+                self._move_aside(last, previous)
+            # The file remembers itself: bookkeeping first, then the file that contains it.
+            self.kept, self.owns_last = self.kept if kept is None else kept, True
+            saving = trainer.save_in_background(last, before=previous, then=tidy_up)
+            self._saving = (saving, before, when)
         except (CheckpointError, OSError) as error:
-            self.kept, self.owns_last = before
-            warn(f"There is no checkpoint after epoch {epoch + 1}; training goes on. {error}")
+            self._give_up(before, when, error)
+
+    def _move_aside(self, *paths: Path) -> None:
+        for path in paths:
+            if path.exists():
+                aside = self._free_path(path, "old")
+                path.rename(aside)
+                warn(f"{path} of an earlier run was moved to {aside.name}.")
+
+    def _settle(self) -> None:
+        """Wait for the file that is being written, and see whether that went well."""
+        if self._saving is None:
+            return
+        (saving, before, when), self._saving = self._saving, None
+        try:
+            saving.result()
+            self.was_told = False
+        except (CheckpointError, OSError) as error:
+            self._give_up(before, when, error)
+
+    def _give_up(self, before: Memory, when: str, error: Exception) -> None:
+        """Take back what was noted of a file that could not be written, and say so once."""
+        self.kept, self.owns_last = before
+        self.place = None  # so that it is tried again at the end
+        if not self.was_told:
+            warn(
+                f"There is no checkpoint {when}; training goes on, and tries again with the next "
+                f"one. {error}"
+            )
+        self.was_told = True
 
     def _place(self, score: float) -> int | None:
         """Return the rank of a score among those kept, or None if it does not earn one."""
@@ -412,6 +415,118 @@ class CheckpointCallback(Callback):
         kept = [(float(score), str(name)) for score, name in state["kept"]] if here else []
         self.kept = [entry for entry in kept if (self.dirpath / entry[1]).is_file()]
         self.owns_last = here and bool(state["owns_last"])
+
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-014
+# "min", but another object than the "min" that somebody passes: nobody chose this one.
+DEFAULT_MODE = "".join(("m", "in"))
+
+
+class CheckpointCallback(Keeper):
+    """Keep the last and the best models in a folder.
+
+    Parameters
+    ----------
+    dirpath
+        The folder. It is made, and tried, before the first step.
+    monitor
+        The score by which models are compared.
+    mode
+        `"min"`, `"max"`, or `"auto"`: as the metric says itself, else by well-known names. The
+        direction that keeps the worst model of a well-known score is refused.
+    save_top_k
+        How many of the best to keep: 0 keeps only the last, -1 keeps all.
+    every_n_steps, every_minutes
+        Write `last.pt` also in the middle of an epoch, so often; None for not.
+    save_on_exception
+        Write `last.pt` also when an exception ends the run.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        monitor: str = "val_loss",
+        mode: str = DEFAULT_MODE,
+        save_top_k: int = 1,
+        *,
+        every_n_steps: int | None = None,
+        every_minutes: float | None = None,
+        save_on_exception: bool = True,
+    ) -> None:
+        if save_top_k < -1:
+            raise ValueError(
+                f"CheckpointCallback(save_top_k={save_top_k}) must be -1 (all), 0 or more."
+            )
+        for name, value in (("every_n_steps", every_n_steps), ("every_minutes", every_minutes)):
+            if value is not None and not value > 0:
+                raise ValueError(
+                    f"CheckpointCallback({name}={value!r}) must be more than 0, or None for not."
+                )
+        if mode is DEFAULT_MODE and direction_of(monitor) is None:
+            mode = "auto"  # nobody said that this score should be small
+        monitored = Monitor(monitor, mode, owner="CheckpointCallback")
+        super().__init__(Path(dirpath), monitored, save_top_k)
+        self.every_n_steps = math.inf if every_n_steps is None else every_n_steps
+        self.every_seconds = math.inf if every_minutes is None else 60 * every_minutes
+        self.save_on_exception = save_on_exception
+        self.ends_unsaved = True  # as long as it has not begun
+
+    def on_train_start(self, trainer: Any) -> None:
+        """Make sure, before the first step, that the folder takes files and the score will come."""
+        self.ends_unsaved = True
+        self.monitor.check_start(trainer)
+        if trainer.epoch == 0 and trainer.global_step == 0:
+            self._forget()
+        probe = self.dirpath / ".writable"
+        try:
+            self.dirpath.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+            remove_leftovers(self.dirpath)
+        except OSError as error:
+            raise CheckpointError(
+                f"Checkpoints cannot be written to {self.dirpath} ({error.strerror}). Pass a "
+                "folder that you may write to as dirpath. Nothing was trained."
+            ) from error
+        self._note_place(trainer)
+        self.ends_unsaved = False
+
+    def on_safepoint(self, trainer: Any, phase: str) -> None:
+        """Write `last.pt` if it is time to."""
+        if (
+            trainer.global_step - self.saved_step >= self.every_n_steps
+            or time.monotonic() - self.saved_at >= self.every_seconds
+        ) and trainer.global_step > self.saved_step:
+            self._save(trainer, f"after step {trainer.global_step}")
+
+    def on_scores(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+        """Complain about an unknown score in the first epoch."""
+        self.monitor.read(logs, trainer.directions)
+
+    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+        """Write `last.pt`, keep a copy if it is among the best, delete the one it displaced."""
+        score = logs.get(self.monitor.name, math.nan)
+        self._settle()
+        self.kept = [entry for entry in self.kept if (self.dirpath / entry[1]).is_file()]
+        kept, place = list(self.kept), self._place(score)
+        if place is not None:
+            kept.insert(place, (score, self._free_name(epoch, score)))
+        copies = [] if place is None else [kept[place][1]]
+        dropped = [name for _, name in kept[self.save_top_k :]] if self.save_top_k >= 0 else []
+        kept = [entry for entry in kept if entry[1] not in dropped]
+        self._save(trainer, f"after epoch {epoch + 1}", kept, copies, dropped)
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        """Say whether the place where it ended is to be saved."""
+        self.ends_unsaved |= isinstance(error, Exception) and not self.save_on_exception
+
+    def on_train_end(self, trainer: Any) -> None:
+        """Write `last.pt` if the run ended elsewhere than where it was saved last."""
+        if (
+            self.place != (trainer.epoch, trainer.global_step, trainer.batch)
+            and not self.ends_unsaved
+        ):
+            self._save(trainer, "of the end")
+        self._settle()
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-003
 def class_label(name: str) -> str:

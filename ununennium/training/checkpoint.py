@@ -5,11 +5,15 @@
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-022
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
+import time
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['ELEMENTWISE_STATE', 'SCHEDULER_STATE', 'CheckpointError', 'write_atomically', 'plain', 'save_file', 'copy_file',
-           'load_file', 'unwrap', 'bare_names', 'model_state', 'load_model', 'check_tensors', 'group_settings',
+__all__ = ['ELEMENTWISE_STATE', 'SCHEDULER_STATE', 'CheckpointError', 'write_atomically', 'remove_leftovers', 'plain', 'checksum',
+           'save_file', 'copy_file', 'load_file', 'newest_first', 'copy_to_host', 'finish_writing',
+           'save_in_background', 'unwrap', 'bare_names', 'model_state', 'load_model', 'check_tensors', 'group_settings',
            'load_optimizer', 'load_scheduler']
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-007
@@ -27,7 +32,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, read or applied. The message says why and what to do."""
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> Path:
+def write_atomically(
+    path: str | os.PathLike, write: Callable[[BinaryIO], Any], before: Path | None = None
+) -> Path:
     """Create or replace a file so that it is never half written.
 
     Parameters
@@ -36,6 +43,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         The file. Its folder is made if it is not there.
     write
         Writes the content to an open binary file.
+    before
+        Under this name the file that is replaced is kept; None keeps it not.
     """
     path = Path(path)
     if path.is_dir():
@@ -49,6 +58,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if before is not None and path.exists():
+            _link(path, before)
         os.replace(beside, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -60,6 +71,24 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         if beside.exists():
             beside.unlink()
     return path
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name, in the place of whatever has it; where that cannot be, copy it."""
+    new = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    new.unlink(missing_ok=True)
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copy2(path, new)
+    os.replace(new, name)
+
+
+def remove_leftovers(folder: Path, seconds: float = 600.0) -> None:
+    """Delete files that a killed process left half written, and nobody has touched since."""
+    for path in folder.glob(".*.pt.*.tmp"):
+        if time.time() - path.stat().st_mtime > seconds:
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -98,16 +127,33 @@ def plain(value: Any, name: str = "state") -> Any:
     )
 
 
-def save_file(state: dict[str, Any], path: str | os.PathLike) -> Path:
-    """Write a dictionary of tensors and plain values; see `write_atomically`."""
+def checksum(value: Any, before: int = 0) -> int:
+    """Return a checksum of plain nested state, of its structure and all of its tensors."""
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        note = f"{value.dtype} {tuple(value.shape)}"
+        return zlib.crc32(content.numpy().data, zlib.crc32(note.encode(), before))
+    if isinstance(value, Mapping):
+        value = [part for item in value.items() for part in item]
+    if isinstance(value, (list, tuple)):
+        before = zlib.crc32(f"{len(value)} parts".encode(), before)
+        return functools.reduce(lambda total, part: checksum(part, total), value, before)
+    return zlib.crc32(f"{type(value).__name__} {value!r}".encode(), before)
+
+
+def save_file(state: dict[str, Any], path: str | os.PathLike, before: Path | None = None) -> Path:
+    """Write a dictionary of tensors and plain values, with a checksum; see `write_atomically`."""
     content = plain(state)
-    return write_atomically(path, lambda file: torch.save(content, file))
+    content["checksum"] = checksum(content)
+    return write_atomically(path, lambda file: torch.save(content, file), before)
 
 
 def copy_file(source: Path, path: Path) -> Path:
-    """Copy a file so that the copy is never half written."""
+    """Copy a file so that the copy is never half written, and is not newer than the original."""
     with open(source, "rb") as original:
-        return write_atomically(path, lambda file: shutil.copyfileobj(original, file))
+        write_atomically(path, lambda file: shutil.copyfileobj(original, file))
+    shutil.copystat(source, path)
+    return path
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-009
 def load_file(path: str | os.PathLike | None) -> dict[str, Any]:
@@ -147,7 +193,73 @@ def load_file(path: str | os.PathLike | None) -> dict[str, Any]:
             f"{path} holds no checkpoint of this package: expected a dictionary with 'model', "
             f"found {found}. Nothing was loaded."
         )
+    content = {name: part for name, part in state.items() if name != "checksum"}
+    noted = state.get("checksum", checksum(content))  # those of other programs have none
+    if type(noted) is not int or noted != checksum(content):
+        raise CheckpointError(
+            f"{path} is not as it was written: its checksum is wrong. Nothing was loaded. Use "
+            "another file."
+        )
     return state
+
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-003
+def newest_first(folder: str | os.PathLike) -> list[Path]:
+    """Return the checkpoint files of a folder, the newest first, `last.pt` before its copies."""
+    files = [path for path in Path(folder).glob("*.pt") if not re.search(r"-old\d+$", path.stem)]
+    usual = {"last.pt": 2, "previous.pt": 1}
+    keys = {path: (path.stat().st_mtime_ns, usual.get(path.name, 0), path.name) for path in files}
+    return sorted(files, key=keys.__getitem__, reverse=True)
+
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-017
+_writer = ThreadPoolExecutor(1, "checkpoint")  # its thread is made when it is used
+_writing: list[Future] = []
+
+
+def copy_to_host(value: Any) -> Any:
+    """Return a copy of nested state, its tensors in host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: copy_to_host(item) for key, item in value.items()}
+    return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
+
+
+def finish_writing() -> None:
+    """Wait until no file is being written."""
+    wait(_writing)
+    _writing.clear()
+
+
+def save_in_background(
+    state: dict[str, Any],
+    path: str | os.PathLike,
+    before: Path | None = None,
+    then: Callable[[Path], Any] = lambda path: None,
+) -> Future[Path]:
+    """Copy a state now, and write it while others go on.
+
+    Parameters
+    ----------
+    state, path, before
+        See `save_file`.
+    then
+        Is called with the path, in the background, when the file is there.
+
+    Returns
+    -------
+    Future
+        Its `result()` waits and returns the path, or raises what went wrong.
+    """
+    finish_writing()
+    content = copy_to_host(plain(state))
+
+    def write() -> Path:
+        written = save_file(content, path, before)
+        then(written)
+        return written
+
+    _writing.append(_writer.submit(write))
+    return _writing[-1]
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-031
 def unwrap(model: nn.Module) -> nn.Module:
@@ -184,10 +296,14 @@ def check_tensors(
     """Raise a `CheckpointError` if a saved model has other names or shapes than the one at hand."""
     missing = [name for name in expected if name not in saved]
     unknown = [name for name in saved if name not in expected]
+
+    def shape(value: Any) -> Any:
+        return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
     other = [
-        f"{name} is {tuple(saved[name].shape)} in the file and {tuple(value.shape)} in the model"
+        f"{name} is {shape(saved[name])} in the file and {shape(value)} in the model"
         for name, value in expected.items()
-        if name in saved and isinstance(value, Tensor) and saved[name].shape != value.shape
+        if name in saved and shape(saved[name]) != shape(value)
     ]
     problems = [
         f"{len(names)} {what}, such as {names[0]}"

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,11 @@ from torch import Tensor
 
 from .batches import length, sample_count
 from .callbacks import Callback, CheckpointCallback, class_label
-from .state import History
+from .state import History, size
 
 # %% auto #0
 __all__ = ['COLOURS', 'MOST_CURVES', 'STATE_COLOURS', 'MUTED', 'mean_of_known', 'Series', 'smooth', 'Timeline', 'Mark', 'RunLog',
-           'Curve', 'epoch_curve', 'loss_curves', 'rate_curves', 'score_names', 'score_curves', 'duration', 'size',
+           'Curve', 'epoch_curve', 'loss_curves', 'rate_curves', 'score_names', 'score_curves', 'duration',
            'peak_memory', 'headline', 'facts', 'state_html', 'status_html', 'ticks', 'limits', 'thinned', 'legend_rows',
            'Panel', 'picture', 'picture_html', 'record_html', 'record_text', 'jumps', 'Speed', 'RunRecorder']
 
@@ -310,15 +309,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {whole:02d} s" if minutes else f"{whole} s"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes to be read at a glance."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -643,7 +633,7 @@ class RunRecorder(Callback):
         # By perf_counter: up to when training was counted, the last batch, and when to look.
         self.counted = self.ended = self.look_at = 0.0
         self.waited = 0.0  # what of trainer.data_wait is counted
-        self.best: Path | None = None
+        self.best: float | None = None
 
     def on_train_start(self, trainer: Any) -> None:
         """Go on with the log, or begin one, if the trainer is elsewhere than the log."""
@@ -754,7 +744,7 @@ class RunRecorder(Callback):
         self.speed.tell(self.log)
         self.log.memory = peak_memory(trainer.device)
         keepers = (c for c in trainer.callbacks if isinstance(c, CheckpointCallback))
-        best = next((keeper.best_path for keeper in keepers), None)
+        best = next((keeper.best_score for keeper in keepers), None)
         if best not in (None, self.best):
             self.best = best
             self.log.mark("best", self.log.where.latest)

@@ -5,19 +5,23 @@
 # %% ../../nbs/training/10_state.ipynb #state-010
 from __future__ import annotations
 
+import functools
 import html
 import math
 import random
 import sys
 import warnings
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # %% auto #0
-__all__ = ['History', 'RunState', 'warn', 'random_state', 'set_random_state', 'loader_generators']
+__all__ = ['GENERATORS', 'NO_OWNERS', 'History', 'RunState', 'warn', 'size', 'generators_in', 'parts_of', 'generator_state',
+           'set_generator_state', 'random_state', 'set_random_state']
 
 # %% ../../nbs/training/10_state.ipynb #state-020
 class History(dict[str, list[float]]):
@@ -114,42 +118,104 @@ def warn(message: str) -> None:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 
-# %% ../../nbs/training/10_state.ipynb #state-003
-def random_state() -> dict[str, Any]:
-    """Return the state of all global random generators, as tensors and plain values."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+
+def size(count: float) -> str:
+    """Return a number of bytes to be read at a glance."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+# %% ../../nbs/training/10_state.ipynb #state-004
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def generators_in(*owners: Any, most: int = 2000) -> list[Any]:
+    """Return the random generators that objects hold as attributes, at any depth, each once.
+
+    Parameters
+    ----------
+    most
+        How many objects are looked at. Lists and dictionaries of more than 100 are left out: they
+        hold data.
+    """
+    found, seen = [], set()
+    waiting = list(reversed(owners))
+    while waiting and len(seen) < most:
+        value = waiting.pop()
+        if id(value) not in seen and not isinstance(value, NO_OWNERS):
+            seen.add(id(value))
+            if isinstance(value, GENERATORS):
+                found.append(value)
+            else:
+                waiting += reversed(parts_of(value))
+    return found
+
+
+NO_OWNERS = (Tensor, np.ndarray, type, ModuleType, str, bytes, int, float, complex, type(None))
+
+
+def parts_of(value: Any) -> list[Any]:
+    """Return what an object holds: items, attributes, or the parts of a partial or a method."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value) if len(value) <= 100 else []
+    if isinstance(value, dict):
+        return list(value.values()) if len(value) <= 100 else []
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    slots = (getattr(value, name, None) for name in getattr(type(value), "__slots__", ()))
+    return [getattr(value, "__self__", None), getattr(value, "__dict__", None), *slots]
+
+# %% ../../nbs/training/10_state.ipynb #state-025
+def generator_state(generator: Any) -> Any:
+    """Return the state of one generator."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Put one generator back to a state that `generator_state` returned, or a file kept."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = _as_arrays(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_as_arrays(state))
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _as_arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {name: _as_arrays(value) for name, value in state.items()}
+    return state.numpy() if isinstance(state, Tensor) else state
+
+# %% ../../nbs/training/10_state.ipynb #state-027
+def random_state(*owners: Any) -> dict[str, Any]:
+    """Return the states of all global random generators, and of those that objects hold."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (
-            name,
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            position,
-            has_gauss,
-            float(gauss),
-        ),
+        "numpy": np.random.get_state(legacy=False),
+        "own": [[type(g).__name__, generator_state(g)] for g in generators_in(*owners)],
     }
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put all global random generators back to a state that `random_state` returned."""
-    version, numbers, gauss_next = state["python"]
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    torch.set_rng_state(state["torch"])
-    random.setstate((version, tuple(numbers), gauss_next))
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+def set_random_state(state: dict[str, Any], *owners: Any) -> None:
+    """Put random generators back to a state that `random_state` returned for the same objects."""
+    torch.set_rng_state(torch.as_tensor(state["torch"]))
+    random.setstate(state["python"])
+    np.random.set_state(_as_arrays(state["numpy"]))
+    for generator, (kind, own) in zip(generators_in(*owners), state["own"], strict=False):
+        if type(generator).__name__ == kind:
+            set_generator_state(generator, own)
     if "cuda" in state and torch.cuda.is_available():
         for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda_state, index)
-
-# %% ../../nbs/training/10_state.ipynb #state-013
-def loader_generators(loader: Any) -> list[torch.Generator]:
-    """Return the distinct random generators that a loader draws its order from."""
-    sampler = getattr(loader, "sampler", None)
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = {id(g): g for owner in owners if (g := getattr(owner, "generator", None)) is not None}
-    return [generator for generator in found.values() if isinstance(generator, torch.Generator)]

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +18,12 @@ import torch
 from torch import Tensor, _foreach_copy_, _foreach_mul_, _foreach_norm, nn  # pyright: ignore
 from torch.amp.grad_scaler import GradScaler
 
-from .batches import MicroBatch
+from .batches import MicroBatch, bad_rows, quote_names, sample_names
 from .state import warn
 
 # %% auto #0
 __all__ = ['CULPRITS', 'ADVICE', 'resolve_device', 'Precision', 'BufferGuard', 'gradient_norm', 'OptimizerStep', 'probe',
-           'probes', 'TrainingDiverged', 'SkipLog']
+           'probes', 'TrainingDiverged', 'LossTrail', 'SkipCount', 'SkipLog']
 
 # %% ../../nbs/training/45_step.ipynb #step-001
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -284,21 +286,45 @@ ADVICE = {
     "amp_dtype='bfloat16'.",
 }
 
-# %% ../../nbs/training/45_step.ipynb #step-004
-class SkipLog:
-    """Counts steps that were not taken; knows the first one's batch and what was wrong with it.
+# %% ../../nbs/training/45_step.ipynb #step-028
+class LossTrail:
+    """Remembers loss and gradient norm of the latest steps, to tell how a run came apart."""
 
-    Parameters
-    ----------
-    limit
-        How many in a row end the training.
-    """
+    def __init__(self, size: int = 64) -> None:
+        self.steps: deque[tuple[int, Any, Any]] = deque(maxlen=size)
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def add(self, step: int, loss: Tensor | float, norm: Tensor | float) -> None:
+        """Note a step: its number, its loss, the norm of its gradient before clipping."""
+        self.steps.append((step, loss, norm))
+
+    def tell(self) -> str:
+        """Return when the loss began to grow, and the norms before; empty if it did not."""
+        steps = [(step, float(loss), float(norm)) for step, loss, norm in self.steps]
+        steps = [entry for entry in steps if math.isfinite(entry[1])]
+        if len(steps) < 4:
+            return ""
+        usual = sorted(loss for _, loss, _ in steps[: len(steps) // 2])[len(steps) // 4]
+        grown = list(itertools.takewhile(lambda entry: entry[1] > 2 * usual, reversed(steps)))[::-1]
+        if not grown or len(grown) == len(steps):
+            return ""
+        before = steps[: -len(grown)][-3:]
+
+        def row(entries: list[tuple[int, float, float]], column: int) -> str:
+            return ", ".join(f"{entry[column]:.3g}" for entry in entries)
+
+        return (
+            f"The loss was about {usual:.3g} and grew from step {grown[0][0]} on: "
+            f"{row(grown[:5], 1)}. The gradient norms before were {row(before, 2)}, and then "
+            f"{row(grown[:5], 2)}."
+        )
+
+# %% ../../nbs/training/45_step.ipynb #step-031
+class SkipCount:
+    """Counts steps that were not taken; knows the first one's batch and what was wrong with it."""
+
+    def __init__(self) -> None:
         self.in_a_row: int | Tensor = 0
         self.longest: int | Tensor = 0
-        self.looked = time.monotonic()
         self.open_epoch()
 
     def open_epoch(self) -> None:
@@ -306,15 +332,13 @@ class SkipLog:
         self.count: int | Tensor = 0
         self.first: tuple[int, str] | None = None  # number of the batch, culprit
         self.first_on_device: Tensor | None = None  # the same as numbers, while it is not read
+        self.who: dict[int, str] = {}  # which samples, by number of the batch, if they have names
         self.pending: list[tuple[list[int], list[Tensor], Tensor]] = []  # batches, probes, taken
 
-    def see(self, window: list[MicroBatch], taken: bool | Tensor, epoch: int) -> None:
+    def note(self, window: list[MicroBatch], taken: bool | Tensor) -> None:
         """Note whether a window's step was taken."""
         if isinstance(taken, Tensor):
-            self._see_on_device(window, taken)
-            if time.monotonic() - self.looked > 10:  # at a display's pace, not at the loop's
-                self.looked = time.monotonic()
-                self.raise_if_stuck(epoch)
+            self._put_aside(window, taken)
         elif taken:
             self.in_a_row = 0
         else:
@@ -322,12 +346,16 @@ class SkipLog:
             self.in_a_row += 1
             self.longest = self.in_a_row
             if self.first is None:
-                self.first = _first_culprit(window)
-            self.raise_if_stuck(epoch)
+                self.first, batch = _first_culprit(window)
+                part = {"input": batch.inputs, "target": batch.target}.get(self.first[1])
+                self.who[self.first[0]] = quote_names(sample_names(batch.raw), bad_rows(part))
 
-    def _see_on_device(self, window: list[MicroBatch], taken: Tensor) -> None:
+    def _put_aside(self, window: list[MicroBatch], taken: Tensor) -> None:
         """Put a step aside; a few hundred are looked at together, still on the device."""
         fine = window[0].probes["loss"].new_ones(())
+        for batch in window:  # once it is known to be at fault, the batch itself is gone
+            if (names := sample_names(batch.raw)) is not None:
+                self.who[batch.number] = quote_names(names)
         rows = [
             torch.stack([batch.probes.get(name, fine).float() for name in CULPRITS])
             for batch in window
@@ -368,15 +396,61 @@ class SkipLog:
         self._fold()
         if self.first_on_device is not None:
             number, was_skipped, *finite = self.first_on_device.tolist()
-            if was_skipped:
+            if was_skipped and self.first is None:
                 names = zip(CULPRITS, finite, strict=True)
                 self.first = (number, next((name for name, fine in names if not fine), "gradient"))
         return int(self.count), self.first
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a file keeps; what only the device knows is read from it."""
+        count, first = self.read()
+        runs = {"in_a_row": int(self.in_a_row), "longest": int(self.longest)}
+        return {"count": count, "first": first, **runs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what a file kept."""
+        self.open_epoch()
+        self.count, self.in_a_row, self.longest = (
+            int(state[name]) for name in ("count", "in_a_row", "longest")
+        )
+        self.first = state["first"] and tuple(state["first"])
 
     def uncounted(self) -> int:
         """Return how many skips only the device knows of; reading them waits for it."""
         self._fold()
         return int(self.count) if isinstance(self.count, Tensor) else 0
+
+
+def _first_culprit(window: list[MicroBatch]) -> tuple[tuple[int, str], MicroBatch]:
+    for batch in window:
+        for name in CULPRITS:
+            if name in batch.probes and not math.isfinite(batch.probes[name]):
+                return (batch.number, name), batch
+    return (window[0].number, "gradient"), window[0]
+
+# %% ../../nbs/training/45_step.ipynb #step-033
+class SkipLog(SkipCount):
+    """Tells of steps that were not taken.
+
+    Parameters
+    ----------
+    limit
+        How many in a row end the training.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self.looked = time.monotonic()
+        self.trail = LossTrail()
+
+    def see(self, window: list[MicroBatch], taken: bool | Tensor, epoch: int) -> None:
+        """Note whether a window's step was taken; raise `TrainingDiverged` if too many were not."""
+        self.note(window, taken)
+        on_device = isinstance(taken, Tensor)  # which is looked at by a clock, not by the loop's
+        if time.monotonic() - self.looked > 10 if on_device else not taken:
+            self.looked = time.monotonic()
+            self.raise_if_stuck(epoch)
 
     def close_epoch(self, epoch: int, scaled: bool = False) -> int:
         """Return how many steps the epoch skipped, after a warning that says which and why.
@@ -386,15 +460,24 @@ class SkipLog:
         """
         self.raise_if_stuck(epoch)
         count, first = self.read()
-        self.open_epoch()
         if first and not (scaled and first[1] == "gradient"):
             steps = "1 step was" if count == 1 else f"{count} steps were"
             warn(
                 f"Epoch {epoch + 1}: {steps} skipped because the gradient was not finite, the "
-                f"first at batch index {first[0]}, where the {first[1]} was not finite. "
-                f"{ADVICE[first[1]]}"
+                f"first at {self._where(first)}, where the {first[1]} was not finite. "
+                f"{ADVICE[first[1]]}{self._story(first[1])}"
             )
+        self.open_epoch()
         return count
+
+    def _where(self, first: tuple[int, str]) -> str:
+        who = self.who.get(first[0], "")
+        return f"batch index {first[0]}" + (f" ({who})" if who else "")
+
+    def _story(self, culprit: str) -> str:
+        """Return how the loss grew, if it did and was not given so."""
+        story = "" if culprit in ("input", "target") else self.trail.tell()
+        return f" {story}" if story else ""
 
     def raise_if_stuck(self, epoch: int) -> None:
         """Raise `TrainingDiverged` if too many steps in a row were skipped."""
@@ -406,14 +489,7 @@ class SkipLog:
         self.in_a_row = self.longest = 0  # a later fit starts with a clean count
         raise TrainingDiverged(
             f"{self.limit} steps in a row were skipped because their gradient was not finite, in "
-            f"epoch {epoch + 1} from batch index {number} on, where the {culprit} was the first "
-            f"thing not finite. The parameters are as they were before. {ADVICE[culprit]}"
+            f"epoch {epoch + 1} from {self._where((number, culprit))} on, where the {culprit} was "
+            "the first thing not finite. The parameters are as they were before. "
+            f"{ADVICE[culprit]}{self._story(culprit)}"
         )
-
-
-def _first_culprit(window: list[MicroBatch]) -> tuple[int, str]:
-    for batch in window:
-        for name in CULPRITS:
-            if name in batch.probes and not math.isfinite(batch.probes[name]):
-                return batch.number, name
-    return window[0].number, "gradient"

@@ -11,8 +11,8 @@ import operator
 import random
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,27 +35,33 @@ from ununennium.training.batches import (
     loss_facts,
     move,
     prediction,
+    sample_count,
     start,
     unpack,
     widen,
 )
 from .callbacks import HOOKS, Hooks, direction_of
+from .check import Problems, check
 from ununennium.training.checkpoint import (
     CheckpointError,
     check_tensors,
+    copy_to_host,
+    finish_writing,
     group_settings,
     load_file,
     load_model,
     load_optimizer,
     load_scheduler,
     model_state,
+    newest_first,
     save_file,
+    save_in_background,
     unwrap,
 )
 from .dashboard import Dashboard, progress_display
+from .feed import Feed, owners_of
 from ununennium.training.state import (
     RunState,
-    loader_generators,
     random_state,
     set_random_state,
     warn,
@@ -64,10 +70,11 @@ from .step import OptimizerStep, Precision, SkipLog, probes, resolve_device
 
 # %% auto #0
 __all__ = ['EMPTY_HINT', 'FORMAT', 'FIELDS', 'whole_number', 'TrainerConfig', 'modes_restored', 'TrainingModes',
-           'random_state_kept', 'interrupt_noted', 'Schedule', 'default_metrics', 'named_losses', 'agreed_ignore_index',
-           'explain_input', 'compare_ignored', 'ignore_cure', 'warn_of_validation', 'Evaluator', 'OpenEpoch',
-           'check_parts', 'check_loader', 'check_callbacks', 'Run', 'run_state_dict', 'check_fields', 'load_run_state',
-           'copy_to_host', 'random_state_of', 'restore_random_state', 'Session', 'Trainer']
+           'random_state_kept', 'interrupt_noted', 'termination_noted', 'Schedule', 'default_metrics', 'named_losses',
+           'agreed_ignore_index', 'explain_input', 'advice_on', 'advise', 'compare_ignored', 'ignore_cure',
+           'warn_of_validation', 'Evaluator', 'OpenEpoch', 'check_parts', 'check_loader', 'check_callbacks', 'Run',
+           'SavedRun', 'run_state_dict', 'place_of', 'check_fields', 'load_run_state', 'random_owners',
+           'restore_random_state', 'Session', 'Trainer']
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-051
 def whole_number(name: str, value: Any, least: float, most: float = math.inf) -> int:
@@ -229,6 +236,28 @@ def interrupt_noted(note: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def termination_noted(note: Callable[[], None]) -> Iterator[None]:
+    """Call `note` at a request to terminate, and obey it at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted = False
+
+    def on_request(signum: int, frame: Any) -> None:
+        nonlocal noted
+        noted = True
+        note()
+
+    before = signal.signal(signal.SIGTERM, on_request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        if noted:
+            signal.raise_signal(signal.SIGTERM)
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-067
 class Schedule:
@@ -422,6 +451,38 @@ def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception 
         )
     return None
 
+# %% ../../nbs/training/50_trainer.ipynb #trainer-070
+def advice_on(error: BaseException, batch_size: float, accumulation_steps: int) -> str:
+    """Return what to do about an error that does not say so itself; empty if it does."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        size, steps = int(batch_size), accumulation_steps
+        if size > 1:
+            return (
+                f"Halve the loader's batch_size ({size} to {size // 2}) and double "
+                f"accumulation_steps ({steps} to {2 * steps}): the gradient stays the same. Only "
+                "batch norms then see fewer samples at once."
+            )
+        return "The batch has one sample already: use smaller tiles, or a smaller model."
+    if "DataLoader worker" in text and ("exited" in text or "killed" in text):
+        return (
+            "A worker process of the loader was ended from outside, most often because the "
+            "machine, or its shared memory /dev/shm, is full. Use fewer workers or smaller "
+            "batches; with num_workers=0 an error of the data set shows where it happens."
+        )
+    if "Expected more than 1 value per channel when training" in text:
+        return (
+            "A batch norm cannot learn from a single value: the last batch has one sample. Pass "
+            "drop_last=True to the DataLoader, or another batch_size."
+        )
+    return ""
+
+
+def advise(error: BaseException, advice: str) -> None:
+    """Add a sentence to an error's words."""
+    if advice and advice not in str(error):
+        error.args = (f"{error}\n{advice}", *error.args[1:])
+
 # %% ../../nbs/training/50_trainer.ipynb #trainer-003
 def compare_ignored(metrics: MetricSet | None, ignore_index: int | None) -> None:
     """Warn if a metric counts pixels that the loss does not."""
@@ -591,9 +652,18 @@ class Evaluator:
 # %% ../../nbs/training/50_trainer.ipynb #trainer-048
 @dataclass
 class OpenEpoch:
-    """An epoch that has begun and is not yet in the history."""
+    """An epoch that has begun and is not yet in the history.
 
-    windows: Windows
+    Parameters
+    ----------
+    windows
+        What is left to read; None if it comes from a file and nothing was read since.
+    place
+        Where in the loader to go on then; see `Feed.state`.
+    """
+
+    windows: Windows | None = None
+    place: dict[str, Any] = field(default_factory=dict)
     window: list[MicroBatch] = field(default_factory=list)  # read, but its step is not done
     means: dict[str, WeightedMean] = field(default_factory=lambda: {"loss": WeightedMean()})
     batches: int = 0
@@ -609,7 +679,7 @@ class OpenEpoch:
         """Complain if the loader gave nothing, or ended after it had raised."""
         if not self.batches:
             raise ValueError(f"train_loader gave no batch in epoch {number + 1}. {EMPTY_HINT}")
-        if self.windows.raised:
+        if self.windows is not None and self.windows.raised:
             warn(
                 f"train_loader raised an error on the way, so epoch {number + 1}, of "
                 f"{self.batches} batches, may lack one or more."
@@ -626,6 +696,21 @@ class OpenEpoch:
             for name, value in batch.losses.items():
                 mean = self.means.setdefault(name, WeightedMean())
                 mean.update(value, batch.weight, taken)
+
+    def state_dict(self, feed: Feed) -> dict[str, Any]:
+        """Return what a file keeps of it."""
+        return {
+            "batches": self.batches,
+            "empty": self.empty,
+            "means": {name: mean.state_dict() for name, mean in self.means.items()},
+            "place": feed.state(self.batches) if self.windows else self.place,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over what a file kept."""
+        self.batches, self.empty, self.place = state["batches"], state["empty"], state["place"]
+        for name, mean in state["means"].items():
+            self.means.setdefault(name, WeightedMean()).load_state_dict(mean, device)
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-014
 def check_parts(
@@ -707,7 +792,7 @@ def check_callbacks(callbacks: Any) -> None:
                 f"{callback!r} among the callbacks has none of the hooks: {', '.join(HOOKS)}."
             )
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-016
+# %% ../../nbs/training/50_trainer.ipynb #trainer-086
 class Run(Evaluator):
     """The parts of a training run, its facts and its files. `Trainer` adds the loop."""
 
@@ -743,18 +828,23 @@ class Run(Evaluator):
         self._skips = SkipLog(self.config.max_skipped_steps)
         self._built = group_settings(optimizer)
         self._waited = 0.0  # in the epochs that are closed
-        # The garbage collector takes a loader and its workers apart in any order, and the workers
-        # then end only after five seconds each. Held from outside, they go in theirs.
-        self._held: list[Any] = []
-        weakref.finalize(self, self._held.clear).atexit = False
         self._is_running = False
         self._open: OpenEpoch | None = None
-        self._random: dict[str, Any] | None = None  # a file's, put in place when fit goes on
+        self._random: dict[str, Any] | None = None  # put in place when fit goes on
+        self._feeds: dict[str, Feed] = {}
 
     def __repr__(self) -> str:
         model, epochs = type(unwrap(self.model)).__name__, self.config.epochs
         where = f"epoch {self.epoch}/{epochs}, step {self.global_step}"
         return f"{type(self).__name__}({model} on {self.device}, {where})"
+
+    def _feed(self, name: str) -> Feed:
+        """Return what reads the `train` or the `val` loader."""
+        loader = self.train_loader if name == "train" else self.val_loader
+        if name not in self._feeds or self._feeds[name].loader is not loader:
+            window = self.config.accumulation_steps if name == "train" else 1
+            self._feeds[name] = Feed(loader, window)
+        return self._feeds[name]
 
     @property
     def epoch(self) -> int:
@@ -769,7 +859,8 @@ class Run(Evaluator):
     @property
     def data_wait(self) -> float:
         """Seconds that training has waited for its loader, in all the epochs it has begun."""
-        return self._waited + (self._open.windows.waited if self._open else 0.0)
+        windows = self._open and self._open.windows
+        return self._waited + (windows.waited if windows else 0.0)
 
     @property
     def global_step(self) -> int:
@@ -804,6 +895,47 @@ class Run(Evaluator):
         """Ask the run to stop after the running step. The first reason is kept."""
         self._state.stop_reason = self.stop_reason or str(reason)
 
+    def check(self) -> Problems:
+        """Take one batch there and back, print what was seen, and change nothing.
+
+        Raises what `fit` would raise on this batch.
+
+        Returns
+        -------
+        list of str
+            A sentence for each thing that is wrong or suspicious; they are printed too.
+        """
+        try:
+            told, problems = check(self)
+        except Exception as error:
+            size = getattr(self.train_loader, "batch_size", None) or 1
+            advise(error, advice_on(error, size, self.config.accumulation_steps))
+            raise
+        for name, text in told.items():
+            print(f"{name:8s}{text}")
+        for problem in problems or ["nothing suspicious"]:
+            print(f"{'!' if problems else '':8s}{problem}")
+        return Problems(problems)
+
+    def validate(self, loader: Any = None) -> dict[str, float]:
+        """Score the model, in evaluation mode and without gradients, and return the scores.
+
+        Parameters
+        ----------
+        loader
+            Batches to score on; the trainer's `val_loader` if None.
+        """
+        if loader is None and self.val_loader is None:
+            raise ValueError(
+                "There is nothing to validate on: pass a loader, or build the trainer with "
+                "val_loader."
+            )
+        return self._evaluate(self._feed("val") if loader is None else loader) or {}
+
+# %% ../../nbs/training/50_trainer.ipynb #trainer-088
+class SavedRun(Run):
+    """A run that can be left, and gone on with in another process."""
+
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write everything that the run needs to go on, and return the path.
 
@@ -812,7 +944,33 @@ class Run(Evaluator):
         path
             The file. It is replaced as a whole, or left as it was.
         """
+        finish_writing()  # it may be the same file
         return save_file(run_state_dict(self), path)
+
+    def save_in_background(
+        self,
+        path: str | Path,
+        *,
+        before: Path | None = None,
+        then: Callable[[Path], Any] = lambda path: None,
+    ) -> Future[Path]:
+        """Copy what the run needs to go on, and write it while the training goes on.
+
+        Parameters
+        ----------
+        path
+            The file. It is replaced as a whole, or left as it was.
+        before
+            Under this name the file that is replaced is kept; None keeps it not.
+        then
+            Is called with the path, in the background, when the file is there.
+
+        Returns
+        -------
+        Future
+            Its `result()` waits and returns the path, or raises a `CheckpointError`.
+        """
+        return save_in_background(run_state_dict(self), path, before, then)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Go on from a file: state from the file, settings from this trainer.
@@ -825,27 +983,65 @@ class Run(Evaluator):
         path
             What `save_checkpoint` wrote.
         """
-        saved = load_file(path)
+        self._take_over(load_file(path), path)
+
+    def _take_over(self, saved: dict[str, Any], path: str | Path) -> None:
         check_fields(saved, path)
         check_tensors(saved["model"], model_state(self.model), path)
         before, position = (
             copy_to_host(run_state_dict(self)),
-            (self._open, self._random, self.stop_reason),
+            (self._open, self._random, self._feeds, self.stop_reason),
         )
         try:
             load_run_state(self, saved)
         except Exception as error:
+            self.optimizer.load_state_dict(before["optimizer"])  # whatever it was left with
             load_run_state(self, before)
-            self._open, self._random, self._state.stop_reason = position
+            self._open, self._random, self._feeds, self._state.stop_reason = position
             raise CheckpointError(
                 f"{path} does not fit this trainer ({error}). The trainer is as it was. Build it "
                 "with the model, optimizer and scheduler of the run that wrote the file."
             ) from error
-        if batch := saved["progress"]["batch"]:
-            warn(
-                f"The file was written after batch {batch} of epoch {self.epoch + 1}. The model "
-                "has learned from these batches, and the epoch begins anew."
-            )
+
+    def resume(self, dirpath: str | Path) -> Path | None:
+        """Go on from the newest intact checkpoint of a folder, and print where that is.
+
+        So a script can be started again and again, by a cluster that takes its machine away now
+        and then: `trainer.resume("runs/a")` and `trainer.fit()`.
+
+        Parameters
+        ----------
+        dirpath
+            The folder of a `CheckpointCallback`, for example.
+
+        Returns
+        -------
+        Path or None
+            The file, or None if there is no checkpoint, and the trainer is as it was.
+
+        Raises
+        ------
+        CheckpointError
+            If all files are damaged, or the newest intact one does not fit this trainer.
+        """
+        finish_writing()
+        files = newest_first(dirpath)
+        if not files:
+            print(f"There is no checkpoint in {dirpath}, so training begins at the beginning.")
+            return None
+        for path in files:
+            try:
+                saved = load_file(path)
+            except CheckpointError as error:
+                warn(str(error))
+                continue
+            self._take_over(saved, path)
+            print(f"Going on from {path}: {place_of(self)}.")
+            return path
+        raise CheckpointError(
+            f"All checkpoints in {dirpath} are damaged: {', '.join(path.name for path in files)}. "
+            "Nothing was loaded. To begin anew, use another folder."
+        )
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-064
 def run_state_dict(run: Run) -> dict[str, Any]:
@@ -862,15 +1058,24 @@ def run_state_dict(run: Run) -> dict[str, Any]:
         else scheduler.state_dict() | {"type": type(scheduler).__name__},
         "scaler": run.precision.scaler.state_dict(),
         "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in remembering],
-        "progress": run._state.state_dict() | {"global_step": run.global_step, "batch": run.batch},
-        "random": run._random or random_state_of(run),
+        "progress": run._state.state_dict() | {"global_step": run.global_step},
+        "skips": run._skips.state_dict(),
+        "open": run._open and run._open.state_dict(run._feed("train")),
+        "workers": {name: run._feed(name).state() for name in ("train", "val")},
+        "random": run._random or random_state(*random_owners(run)),
     }
 
+# %% ../../nbs/training/50_trainer.ipynb #trainer-079
+def place_of(run: Run) -> str:
+    """Return where a run goes on."""
+    inside = f", batch {run.batch} of epoch {run.epoch + 1}" if run.batch else ""
+    return f"after epoch {run.epoch}{inside}, step {run.global_step}"
+
 # %% ../../nbs/training/50_trainer.ipynb #trainer-077
-FORMAT = 1
+FORMAT = 2
 FIELDS = frozenset({
     "format", "model", "optimizer", "optimizer_built", "scheduler", "scaler", "callbacks",
-    "progress", "random",
+    "progress", "skips", "open", "workers", "random", "checksum",
 })  # fmt: skip
 
 
@@ -882,7 +1087,7 @@ def check_fields(saved: dict[str, Any], path: str | Path) -> None:
             "Nothing was loaded. For the weights alone: "
             "model.load_state_dict(torch.load(path)['model'])."
         )
-    if saved["format"] != FORMAT:
+    if not isinstance(saved["format"], int) or saved["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {saved['format']}, and this version reads format {FORMAT}. Nothing "
             "was loaded. Use the version that wrote it."
@@ -916,36 +1121,26 @@ def load_run_state(run: Run, saved: dict[str, Any]) -> None:
             callback.load_state_dict(entry[1])
             left.remove(entry)
     run._state.load_state_dict(saved["progress"])
-    run._skips.open_epoch()
-    run._open, run._random = None, saved["random"]
-
-# %% ../../nbs/training/50_trainer.ipynb #trainer-071
-def copy_to_host(value: Any) -> Any:
-    """Return a copy of nested state, its tensors in host memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: copy_to_host(item) for key, item in value.items()}
-    return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
+    run._skips.load_state_dict(saved["skips"])
+    with random_state_kept():
+        set_random_state(saved["random"])  # to see that this can be done
+    run._open, run._random, run._feeds = None, saved["random"], {}
+    for name, state in saved["workers"].items():
+        run._feed(name).load(state)
+    if saved["open"] is not None:
+        run._open = OpenEpoch()
+        run._open.load_state_dict(saved["open"], run.device)
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-073
-def random_state_of(run: Run) -> dict[str, Any]:
-    """Return the states of the global random generators and of the loaders' own."""
-    loaders = {"train": run.train_loader, "val": run.val_loader}
-    return {"global": random_state()} | {
-        name: [generator.get_state() for generator in loader_generators(loader)]
-        for name, loader in loaders.items()
-    }
+def random_owners(run: Run) -> list[Any]:
+    """Return the objects whose random generators belong to a run."""
+    return [*owners_of(run.train_loader), *owners_of(run.val_loader), run.model]
 
 
 def restore_random_state(run: Run) -> None:
     """Put the random states of a file or of a pause in place, or seed a run that begins."""
     if run._random is not None:
-        set_random_state(run._random["global"])
-        for name, loader in (("train", run.train_loader), ("val", run.val_loader)):
-            pairs = zip(loader_generators(loader), run._random[name], strict=False)
-            for generator, state in pairs:
-                generator.set_state(state)
+        set_random_state(run._random, *random_owners(run))
         run._random = None
     elif run.config.seed is not None and run.epoch == run.global_step == run.batch == 0:
         torch.manual_seed(run.config.seed)
@@ -953,7 +1148,7 @@ def restore_random_state(run: Run) -> None:
         np.random.seed(run.config.seed)
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-082
-class Session(Run):
+class Session(SavedRun):
     """A run while `fit` works on it: what is set up, begun, closed and put back."""
 
     def _goal(self, epochs: int | None) -> int:
@@ -992,13 +1187,24 @@ class Session(Run):
             if self.config.progress != "none" and not (self.dashboard and self.dashboard.view):
                 print("Stopping after this step. Interrupt again to stop at once.", flush=True)
 
-        with self._noted_as_running(), modes_restored(self.model), interrupt_noted(note_interrupt):
+        def note_request() -> None:
+            self.request_stop("asked to terminate")
+
+        with (
+            self._noted_as_running(),
+            termination_noted(note_request),
+            modes_restored(self.model),
+            interrupt_noted(note_interrupt),
+        ):
             self._modes.apply(self.model)
             try:
                 yield
                 if interrupted:
                     self._tell("on_exception", KeyboardInterrupt(), to_all=True)
             except BaseException as error:
+                window = self._open.window if self._open else []
+                size = sample_count(window[0].raw) if window else 1.0
+                advise(error, advice_on(error, size, self.config.accumulation_steps))
                 self._abandon_window()
                 is_interrupt = isinstance(error, KeyboardInterrupt)
                 self.request_stop(
@@ -1009,8 +1215,9 @@ class Session(Run):
                     raise
             finally:
                 self._stepper.clear()
-                if self._open is not None:  # a look at the loader in the pause shall change nothing
-                    self._random = random_state_of(self)
+                if self._open is not None and self._random is None:
+                    # A look at the loader in the pause shall change nothing.
+                    self._random = random_state(*random_owners(self))
                 self._tell("on_train_end", to_all=True)
 
     @contextlib.contextmanager
@@ -1033,26 +1240,33 @@ class Session(Run):
             for batch in self._open.window:
                 batch.losses, batch.probes = {}, {}  # and their graphs
 
-    def _begin_epoch(self) -> OpenEpoch:
-        """Begin an epoch: the sampler's epoch, the loader, the counts."""
-        loader = self.train_loader
+    def _enter_epoch(self) -> OpenEpoch:
+        """Go on with the open epoch, or begin one: the sampler's epoch, the loader, the counts."""
+        epoch = self._open
+        if epoch is not None and epoch.windows is not None:
+            return epoch
+        loader, feed = self.train_loader, self._feed("train")
         samplers = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
         for part in (loader, *samplers):
             if set_epoch := getattr(part, "set_epoch", None):
                 set_epoch(self.epoch)
-        self._skips.open_epoch()
-        self._tell("on_epoch_start", self.epoch)
-        windows = Windows(loader, self.config.accumulation_steps, self._prepare)
-        self._held[:] = [loader, self.val_loader, windows.batches]
-        self._open = OpenEpoch(windows)
-        return self._open
+        if epoch is None:
+            self._skips.open_epoch()
+            self._tell("on_epoch_start", self.epoch)
+            reading, epoch = feed, OpenEpoch()
+        else:  # from a file
+            reading = feed.go_on(epoch.place)
+        size = self.config.accumulation_steps
+        epoch.windows = Windows(reading, size, self._prepare, epoch.batches)
+        self._open = epoch
+        return epoch
 
     def _close_epoch(self, epoch: OpenEpoch) -> dict[str, float]:
         """Return the epoch's learning rate and counts; warn about skipped steps."""
         uncounted = self._skips.uncounted()
         skipped = self._skips.close_epoch(self.epoch, scaled=self.precision.scaler.is_enabled())
         self._state.global_step -= uncounted
-        self._waited += epoch.windows.waited
+        self._waited = self.data_wait
         self._open = None
         return {
             "lr": float(self.optimizer.param_groups[0]["lr"]),
@@ -1112,14 +1326,16 @@ class Trainer(Session):
 
     def _epoch(self) -> None:
         """Train and score an epoch, or what is left of it; come back early if asked to stop."""
-        open_epoch = self._open or self._begin_epoch()
+        open_epoch = self._enter_epoch()
         if not self._train(open_epoch):
             return
         val_scores = {}
         if self.val_loader is not None:
-            val_scores = self._evaluate(self.val_loader, lambda: self._asked_to_stop("validate"))
+            self._random = random_state(*random_owners(self))  # of a file written on the way
+            val_scores = self._evaluate(self._feed("val"), lambda: self._asked_to_stop("validate"))
             if val_scores is None:
                 return
+            self._random = None
         scores = self._name_scores("train_", open_epoch.means) | val_scores
         scores |= self._close_epoch(open_epoch)
         epoch = self.epoch
@@ -1132,6 +1348,7 @@ class Trainer(Session):
 
     def _train(self, epoch: OpenEpoch) -> bool:
         """Take the epoch's steps; return False if asked to stop on the way."""
+        assert epoch.windows is not None
         while window := epoch.window or epoch.windows.read():
             epoch.window = window
             self._step(window)
@@ -1174,21 +1391,6 @@ class Trainer(Session):
         epoch.add_losses(window, taken)
         self._state.global_step += taken if isinstance(taken, bool) else 1
         self.schedule.after_step(taken)
+        self._skips.trail.add(self._state.global_step, window[-1].losses["loss"], norm)
         self._skips.see(window, taken, self.epoch)
         return {"grad_norm": norm}
-
-    def validate(self, loader: Any = None) -> dict[str, float]:
-        """Score the model, in evaluation mode and without gradients, and return the scores.
-
-        Parameters
-        ----------
-        loader
-            Batches to score on; the trainer's `val_loader` if None.
-        """
-        loader = self.val_loader if loader is None else loader
-        if loader is None:
-            raise ValueError(
-                "There is nothing to validate on: pass a loader, or build the trainer with "
-                "val_loader."
-            )
-        return self._evaluate(loader) or {}
