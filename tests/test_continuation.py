@@ -303,3 +303,18 @@ def test_left_and_gone_on_with(tmp_path, seed):
     told = {str(w.message) for w in caught if "not exactly" in str(w.message)}
     assert all("draws its order as it goes" in message for message in told), told
     assert not told or case["kind"] == "goes"
+
+
+def test_a_file_written_during_validation(tmp_path):
+    """It is done again, and draws what it had drawn."""
+    case = draw_case(0) | {"kind": "plain", "workers": 0, "val_workers": 0, "how": "stop"}
+    written = tmp_path / "file.pt"
+    save = At(4, lambda trainer: trainer.save_checkpoint(written), "validate")
+    whole = make_trainer(case | {"count": 10, "size": 3, "accumulation": 1}, tmp_path / "a", save)
+    whole.fit()
+    expected = outcome(whole)
+    rest = make_trainer(case | {"count": 10, "size": 3, "accumulation": 1}, tmp_path / "b")
+    rest.load_checkpoint(written)
+    assert (rest.epoch, rest.batch) == (0, 4)
+    rest.fit()
+    assert_same(expected, outcome(rest))

@@ -263,8 +263,10 @@ def test_a_folder_deleted_in_mid_run(tmp_path):
 def test_an_unwritable_folder_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path / "file" / "run", "train_loss")])
-    with pytest.raises(CheckpointError, match="cannot be written .* Nothing was trained"):
-        trainer.fit(1)
+    with warnings.catch_warnings():  # nothing is tried at the end of what did not begin
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match="cannot be written .* Nothing was trained"):
+            trainer.fit(1)
     assert trainer.global_step == 0
     with pytest.raises(CheckpointError, match="could not be written"):
         trainer.save_checkpoint(tmp_path / "file" / "a.pt")
@@ -337,7 +339,7 @@ def test_bytes_in_a_file_are_not_unpickled(tmp_path):
     hostile = pickle.dumps(Hostile(tmp_path / "owned"))
     state = torch.load(trainer.save_checkpoint(tmp_path / "a.pt"))
     del state["checksum"]
-    state["workers"]["train"]["workers"] = {0: hostile}
+    state["workers"]["train"]["workers"] = {0: {"torch": hostile}}
     save_file(state, tmp_path / "a.pt")
     trainer = make_trainer(loader)
     with contextlib.suppress(Exception):
@@ -345,6 +347,19 @@ def test_bytes_in_a_file_are_not_unpickled(tmp_path):
         trainer.save_checkpoint(tmp_path / "b.pt")
         trainer.fit(1)
     assert not (tmp_path / "owned").exists()
+
+
+def test_settings_that_lack_something_are_refused_and_leave_no_trace(tmp_path):
+    trainer = make_trainer()
+    trainer.fit(1)
+    state = torch.load(trainer.save_checkpoint(tmp_path / "a.pt"))
+    del state["checksum"], state["optimizer"]["param_groups"][0]["lr"]
+    save_file(state, tmp_path / "a.pt")
+    fresh, same = make_trainer(), make_trainer()
+    with pytest.raises(CheckpointError, match="does not fit"):
+        fresh.load_checkpoint(tmp_path / "a.pt")
+    assert fresh.optimizer.param_groups[0]["lr"] == 0.02
+    assert same_history(fresh.fit(1), same.fit(1)) and same_state(fresh, same)
 
 
 def test_the_old_file_stays_until_the_new_one_takes_its_place(tmp_path, monkeypatch):
