@@ -214,7 +214,7 @@ class Reading:
         self.left: deque[tuple[int, int, dict[str, Any]]] = deque(
             maxlen=2 * feed.workers + feed.window
         )
-        self.prints: deque[tuple[int, int]] = deque(maxlen=feed.window + 1)
+        self.prints: deque[tuple[int, Any]] = deque(maxlen=feed.window + 1)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -234,9 +234,17 @@ class Reading:
         self.number += 1
         if feed.order is not None:
             feed.order.forget(self.number - feed.window - feed.workers)
-        else:
-            self.prints.append((self.number, fingerprint(batch)))
+        elif feed.window:  # a list keeps its batches, so there is time
+            in_list = isinstance(feed.loader, (list, tuple))
+            self.prints.append((self.number, batch if in_list else fingerprint(batch)))
         return batch
+
+    def print_of(self, number: int) -> int | None:
+        """Return the checksum of the batch before a certain number; None if it is not known."""
+        for noted, value in self.prints:
+            if noted == number:
+                return value if isinstance(value, int) else fingerprint(value)
+        return None
 
 # %% ../../nbs/training/42_feed.ipynb #feed-017
 def _states(notes: dict[int, Any]) -> dict[int, Any]:
@@ -266,7 +274,7 @@ class NotedLoader:
     loader
         Anything that can be iterated, once for each epoch.
     window
-        How many batches may have been read and not be done.
+        How many batches may have been read and not be done; 0 if each pass is read to its end.
     """
 
     def __init__(self, loader: Any, window: int = 1) -> None:
@@ -355,7 +363,7 @@ class Feed(NotedLoader):
             "num_workers": self.workers,
             "workers": _states(states),
             "left": _states(kept),
-            "print": next((mark for number, mark in reading.prints if number == done), None),
+            "print": reading.print_of(done),
             "loader": self._loader_state() if reading.number == done else None,
         }
 
@@ -406,7 +414,7 @@ class Feed(NotedLoader):
         if self.workers and not getattr(self.loader, "in_order", True):
             problems.append("with in_order=False batches come as they are ready")
         was_read_again = place["print"] is not None and first < done
-        if was_read_again and (done, place["print"]) not in reading.prints:
+        if was_read_again and place["print"] != reading.print_of(done):
             problems.append("the loader gave another batch than it had given at this place")
         if problems := [problem for problem in problems if problem]:
             warn(f"The epoch goes on, but not exactly as it would have: {'; '.join(problems)}.")

@@ -842,7 +842,7 @@ class Run(Evaluator):
         """Return what reads the `train` or the `val` loader."""
         loader = self.train_loader if name == "train" else self.val_loader
         if name not in self._feeds or self._feeds[name].loader is not loader:
-            window = self.config.accumulation_steps if name == "train" else 1
+            window = self.config.accumulation_steps if name == "train" else 0
             self._feeds[name] = Feed(loader, window)
         return self._feeds[name]
 
