@@ -318,3 +318,50 @@ def test_a_file_written_during_validation(tmp_path):
     assert (rest.epoch, rest.batch) == (0, 4)
     rest.fit()
     assert_same(expected, outcome(rest))
+
+
+class Tiles(Dataset):
+    """Notes which samples were given; one of them cannot be read at first."""
+
+    def __init__(self, broken):
+        self.broken, self.given = broken, []
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            self.broken = None
+            raise OSError("the archive is gone")
+        self.given.append(index)
+        return torch.full((3, 4, 4), float(index)), torch.full((4, 4), index % 3)
+
+
+@pytest.mark.parametrize("through_a_file", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_an_error_of_the_data_set_costs_no_sample(tmp_path, accumulation, through_a_file):
+    def make(data, folder):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 3, 1)
+        config = TrainerConfig(device="cpu", progress="none", accumulation_steps=accumulation)
+        return Trainer(
+            model, torch.optim.SGD(model.parameters(), 0.01), nn.CrossEntropyLoss(),
+            DataLoader(data, 2, shuffle=True),
+            callbacks=[CheckpointCallback(folder, "train_loss")], config=config,
+        )  # fmt: skip
+
+    whole = make(Tiles(None), tmp_path / "whole")
+    whole.fit(1)
+    for broken in range(0, 12, 5):
+        data, folder = Tiles(broken), tmp_path / str(broken)
+        trainer = make(data, folder)
+        with pytest.raises(OSError, match="the archive is gone"):
+            trainer.fit(1)
+        if through_a_file:
+            trainer = make(data, folder)
+            trainer.resume(folder)
+        with pytest.warns(UserWarning, match="That batch is read again") as caught:
+            trainer.fit(1 - trainer.epoch)
+        assert [str(w.message) for w in caught if "may lack" in str(w.message)] == []
+        for a, b in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(a, b)

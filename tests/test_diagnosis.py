@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from conftest import make_batches, make_trainer, same_history, same_state
-from ununennium import CheckpointCallback, EarlyStopping
+from conftest import make_batches, make_trainer, same_history, same_state, small_net
+from ununennium import Callback, CheckpointCallback, EarlyStopping, MaskedLoss
 from ununennium.training.step import LossTrail, TrainingDiverged
 
 
@@ -224,3 +224,72 @@ def test_an_iterator_is_not_used_up(capsys):
     batches = iter(make_batches(3))
     problems, out = checked(capsys, batches)
     assert problems == [] and "only once" in out and len(list(batches)) == 3
+
+
+def test_a_bad_batch_of_validation_says_so():
+    image, mask = make_batches(1)[0]
+    named = {"image": image, "mask": mask + 7, "filename": ["a.tif", "b.tif"]}
+    trainer = make_trainer(val=[named])
+    where = r"batch index 0 of the validation loader \(filename a.tif, b.tif\)\."
+    for attempt in (trainer.validate, trainer.check):
+        with pytest.raises(ValueError, match=where):
+            attempt()
+
+
+def test_a_check_of_a_frozen_model_says_what_a_fit_would():
+    trainer = make_trainer(model=small_net())
+    trainer.model.requires_grad_(False)
+    for attempt in (trainer.check, lambda: trainer.fit(1)):
+        with pytest.raises(ValueError, match="does not depend on the model's parameters"):
+            attempt()
+
+
+def test_a_batch_of_nothing_but_nodata_has_one_problem(capsys):
+    image, mask = make_batches(1)[0]
+    problems = make_trainer([(image, torch.full_like(mask, 255))]).check()
+    assert problems == ["The batch has no label that counts: all of it is ignored."]
+    assert "labels none; 100.0% ignored" in capsys.readouterr().out
+
+
+def test_targets_of_floats_are_described(capsys):
+    target = torch.tensor([1.0, 3.0, float("nan"), 5.0]).reshape(1, 1, 2, 2)
+    model = nn.Conv2d(4, 1, 1)
+    loss = MaskedLoss(nn.MSELoss(reduction="none"))
+    make_trainer([(torch.rand(1, 4, 2, 2), target)], model=model, loss=loss).check()
+    assert "mean 3, standard deviation 2; 25.0% not finite" in capsys.readouterr().out
+
+
+def test_bands_that_the_model_does_not_take():
+    trainer = make_trainer([(torch.rand(2, 6, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long))])
+    with pytest.raises(ValueError, match="image has 6 channels and the model takes 4"):
+        trainer.fit(1)
+
+
+def test_loading_while_a_fit_runs_is_refused(tmp_path):
+    path = make_trainer().save_checkpoint(tmp_path / "a.pt")
+
+    class Load(Callback):
+        def on_batch_end(self, trainer, batch, logs):
+            trainer.load_checkpoint(path)
+
+    with pytest.raises(RuntimeError, match=r"cannot be loaded while fit\(\) runs"):
+        make_trainer(callbacks=[Load()]).fit(1)
+
+
+def test_settings_of_a_checkpoint_callback_are_checked(tmp_path):
+    bad = [("steps", "5"), ("steps", 2.5), ("steps", True), ("steps", 0), ("min", "5"), ("min", 0)]
+    names = {"steps": "every_n_steps", "min": "every_minutes"}
+    for settings in ({names[name]: value} for name, value in bad):
+        with pytest.raises(ValueError, match="must be a (whole )?number, more than 0, or None"):
+            CheckpointCallback(tmp_path, **settings)
+
+
+def test_the_reason_of_a_stop_is_one_line():
+    class Broken(Named):
+        def __getitem__(self, number):
+            raise OSError("the archive is gone")
+
+    trainer = make_trainer(DataLoader(Broken(), 4, num_workers=1))
+    with pytest.raises(OSError, match="Original Traceback"):
+        trainer.fit(1)
+    assert trainer.stop_reason == "OSError: Caught OSError in DataLoader worker process 0."

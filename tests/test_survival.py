@@ -205,6 +205,85 @@ def test_training_goes_on_while_a_file_is_written(tmp_path, monkeypatch):
         assert load_file(tmp_path / "last.pt")["progress"]["epoch"] == 1
 
 
+def test_a_copy_that_fails_leaves_last_where_it_is(tmp_path, monkeypatch):
+    """The disk has room for one file, and not for that of the best model."""
+
+    def full(source, path):
+        raise CheckpointError(f"{path} could not be written: No space left on device.")
+
+    monkeypatch.setattr("ununennium.training.callbacks.copy_file", full)
+    trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss")])
+    with pytest.warns(UserWarning, match="The best models lack that after epoch 1") as caught:
+        trainer.fit(3)
+    assert len(caught) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+    assert load_file(tmp_path / "last.pt")["progress"]["epoch"] == 3
+    assert trainer.callbacks[0].best_path is None
+
+
+def test_a_folder_that_was_moved_is_still_the_run_s(tmp_path):
+    first = make_trainer(callbacks=[CheckpointCallback(tmp_path / "a", "train_loss")])
+    first.fit(2)
+    best = first.callbacks[0].best_score
+    (tmp_path / "a").rename(tmp_path / "b")
+    keep = CheckpointCallback(tmp_path / "b", "train_loss")
+    second = make_trainer(callbacks=[keep])
+    second.resume(tmp_path / "b")
+    assert keep.best_score == best and keep.best_path.exists()
+    for group in second.optimizer.param_groups:
+        group["lr"] = 50.0
+    second.fit(1)
+    assert keep.best_score == best
+    assert len(list((tmp_path / "b").iterdir())) == 3  # last, previous, the best
+
+
+def test_resume_takes_a_folder(tmp_path):
+    saved_run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is a file. Pass its folder, or load_checkpoint\("):
+        make_trainer().resume(tmp_path / "last.pt")
+
+
+def test_a_copied_file_is_not_newer_than_what_is_further_on(tmp_path):
+    saved_run(tmp_path)
+    early = make_trainer(make_batches(4))
+    early.fit(1)
+    early.save_checkpoint(tmp_path / "epoch=001.pt")
+    trainer = make_trainer(make_batches(4))
+    assert trainer.resume(tmp_path) == tmp_path / "last.pt" and trainer.epoch == 2
+
+
+def test_files_that_were_moved_aside_are_the_last_resort(tmp_path):
+    saved_run(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        path.rename(path.with_name(f"{path.stem}-old1.pt"))
+    trainer = make_trainer(make_batches(4))
+    assert "old1" in trainer.resume(tmp_path).name and trainer.epoch == 2
+
+
+def hang(folder):
+    class Hanging(list):
+        def __getitem__(self, index):
+            (folder / "ready").write_text("")
+            time.sleep(60)
+
+        def __iter__(self):
+            yield self[0]
+
+    make_trainer(Hanging([1])).fit(1)
+
+
+def test_the_second_request_to_terminate_is_obeyed_at_once(tmp_path):
+    process = start_process(hang, tmp_path)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    process.terminate()
+    time.sleep(0.2)
+    assert process.is_alive()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM
+
+
 # A thousand ways to spoil a file.
 
 

@@ -293,7 +293,7 @@ class Keeper(Callback):
 
     def __init__(self, dirpath: Path, monitor: Monitor, save_top_k: int) -> None:
         self.dirpath, self.monitor, self.save_top_k = dirpath, monitor, save_top_k
-        self._saving: tuple[Future[Path], Memory, str] | None = None
+        self._saving: tuple[Future[Path], Memory, str, list[Path]] | None = None
         self.place: tuple[int, int, int] | None = None  # where the run was saved last
         self._forget()
 
@@ -334,8 +334,10 @@ class Keeper(Callback):
         self._note_place(trainer)
         before = (self.kept, self.owns_last)
         last, previous = self.dirpath / "last.pt", self.dirpath / "previous.pt"
+        written: list[Path] = []
 
         def tidy_up(path: Path) -> None:
+            written.append(path)
             for name in copies:
                 copy_file(path, self.dirpath / name)
             for name in dropped:
@@ -347,7 +349,7 @@ class Keeper(Callback):
             # The file remembers itself: bookkeeping first, then the file that contains it.
             self.kept, self.owns_last = self.kept if kept is None else kept, True
             saving = trainer.save_in_background(last, before=previous, then=tidy_up)
-            self._saving = (saving, before, when)
+            self._saving = (saving, before, when, written)
         except (CheckpointError, OSError) as error:
             self._give_up(before, when, error)
 
@@ -362,22 +364,22 @@ class Keeper(Callback):
         """Wait for the file that is being written, and see whether that went well."""
         if self._saving is None:
             return
-        (saving, before, when), self._saving = self._saving, None
+        (saving, before, when, written), self._saving = self._saving, None
         try:
             saving.result()
             self.was_told = False
         except (CheckpointError, OSError) as error:
-            self._give_up(before, when, error)
+            self._give_up(before, when, error, is_there=bool(written))
 
-    def _give_up(self, before: Memory, when: str, error: Exception) -> None:
+    def _give_up(self, before: Memory, when: str, error: Exception, is_there: bool = False) -> None:
         """Take back what was noted of a file that could not be written, and say so once."""
-        self.kept, self.owns_last = before
-        self.place = None  # so that it is tried again at the end
+        self.kept = before[0]
+        if not is_there:  # else only its copy could not be made
+            self.owns_last = before[1]
+            self.place = None  # so that it is tried again at the end
         if not self.was_told:
-            warn(
-                f"There is no checkpoint {when}; training goes on, and tries again with the next "
-                f"one. {error}"
-            )
+            what = "The best models lack that" if is_there else "There is no checkpoint"
+            warn(f"{what} {when}; training goes on, and tries again with the next one. {error}")
         self.was_told = True
 
     def _place(self, score: float) -> int | None:
@@ -457,9 +459,14 @@ class CheckpointCallback(Keeper):
                 f"CheckpointCallback(save_top_k={save_top_k}) must be -1 (all), 0 or more."
             )
         for name, value in (("every_n_steps", every_n_steps), ("every_minutes", every_minutes)):
-            if value is not None and not value > 0:
+            whole = name == "every_n_steps"
+            kinds = int if whole else (int, float)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, kinds) or not value > 0
+            ):
                 raise ValueError(
-                    f"CheckpointCallback({name}={value!r}) must be more than 0, or None for not."
+                    f"CheckpointCallback({name}={value!r}) must be a {'whole ' if whole else ''}"
+                    "number, more than 0, or None for not."
                 )
         if mode is DEFAULT_MODE and direction_of(monitor) is None:
             mode = "auto"  # nobody said that this score should be small
@@ -547,12 +554,12 @@ def epoch_line(trainer: Any, epoch: int, logs: Mapping[str, float]) -> str:
             lowest = min(averaged, key=lambda key: averaged[key], default="")
             low = f", lowest {averaged[lowest]:.3f} for {class_label(lowest)}" if averaged else ""
             parts[-1] += f" ({len(averaged)} of {len(classes)} classes{low})"
-    for name, what in (
-        ("train_skipped_steps", "steps skipped"),
-        ("train_empty_batches", "batches empty"),
+    for name, one, more in (
+        ("train_skipped_steps", "step skipped", "steps skipped"),
+        ("train_empty_batches", "batch empty", "batches empty"),
     ):
-        if logs.get(name):
-            parts.append(f"{logs[name]:.0f} {what}")
+        if count := int(logs.get(name, 0)):
+            parts.append(f"{count} {one if count == 1 else more}")
     return "  ".join(parts)
 
 

@@ -27,6 +27,7 @@ from ununennium.training.batches import (
 from .callbacks import Monitor
 from .feed import owners_of
 from .state import random_state, set_random_state, size
+from .step import check_gradient
 
 # %% auto #0
 __all__ = ['untouched', 'first_batch', 'shape_of', 'look_at_image', 'look_at_labels', 'Kept', 'bytes_of_state', 'Problems',
@@ -108,15 +109,21 @@ def look_at_labels(
 ) -> tuple[str, list[str]]:
     """Return which labels a target has, and what is wrong with them."""
     told, problems = shape_of(target), []
-    if not isinstance(target, Tensor) or target.is_floating_point():
+    if not isinstance(target, Tensor):
         return told, problems
+    if target.is_floating_point():
+        valid = target[target.isfinite()]
+        if valid.numel():
+            told += f"; mean {valid.mean():.3g}, standard deviation {valid.std():.3g}"
+        return f"{told}; {1 - valid.numel() / max(1, target.numel()):.1%} not finite", problems
     values, counts = target.flatten().unique(return_counts=True)
     valid = values != ignore_index if ignore_index is not None else torch.ones_like(values) > 0
     total = max(1, int(counts.sum()))
     seen = [
         f"{v} ({c / total:.1%})" for v, c in zip(values[valid].tolist(), counts[valid], strict=True)
     ]
-    told += f"; labels {', '.join(seen[:20])}; {1 - float(counts[valid].sum()) / total:.1%} ignored"
+    ignored = 1 - float(counts[valid].sum()) / total
+    told += f"; labels {', '.join(seen[:20]) or 'none'}; {ignored:.1%} ignored"
     if not seen:
         problems.append("The batch has no label that counts: all of it is ignored.")
     if classes is not None and classes > 1:
@@ -207,6 +214,9 @@ def look_at_step(run: Any, raw: Any) -> tuple[dict[str, str], list[str]]:
     problems += found
     told["output"] = shape_of(shown)
     loss = batch.losses["loss"]
+    if batch.is_empty:
+        return told, problems
+    check_gradient(loss)
     loss.backward()
     loss = loss.detach()
     norms = [p.grad.float().norm() for p in run.model.parameters() if p.grad is not None]

@@ -204,11 +204,17 @@ def load_file(path: str | os.PathLike | None) -> dict[str, Any]:
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-003
 def newest_first(folder: str | os.PathLike) -> list[Path]:
-    """Return the checkpoint files of a folder, the newest first, `last.pt` before its copies."""
-    files = [path for path in Path(folder).glob("*.pt") if not re.search(r"-old\d+$", path.stem)]
+    """Return the checkpoint files of a folder, the newest first, `last.pt` before its copies.
+
+    Those that a later run has moved aside come last: it may have ended before its first file.
+    """
     usual = {"last.pt": 2, "previous.pt": 1}
-    keys = {path: (path.stat().st_mtime_ns, usual.get(path.name, 0), path.name) for path in files}
-    return sorted(files, key=keys.__getitem__, reverse=True)
+
+    def key(path: Path) -> tuple[bool, int, int, str]:
+        is_aside = re.search(r"-old\d+$", path.stem) is not None
+        return not is_aside, path.stat().st_mtime_ns, usual.get(path.name, 0), path.name
+
+    return sorted(filter(Path.is_file, Path(folder).glob("*.pt")), key=key, reverse=True)
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-017
 _writer = ThreadPoolExecutor(1, "checkpoint")  # its thread is made when it is used

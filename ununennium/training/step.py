@@ -22,8 +22,8 @@ from .batches import MicroBatch, bad_rows, quote_names, sample_names
 from .state import warn
 
 # %% auto #0
-__all__ = ['CULPRITS', 'ADVICE', 'resolve_device', 'Precision', 'BufferGuard', 'gradient_norm', 'OptimizerStep', 'probe',
-           'probes', 'TrainingDiverged', 'LossTrail', 'SkipCount', 'SkipLog']
+__all__ = ['CULPRITS', 'ADVICE', 'resolve_device', 'Precision', 'BufferGuard', 'gradient_norm', 'check_gradient', 'OptimizerStep',
+           'probe', 'probes', 'TrainingDiverged', 'LossTrail', 'SkipCount', 'SkipLog']
 
 # %% ../../nbs/training/45_step.ipynb #step-001
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -131,6 +131,16 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     )
 
 # %% ../../nbs/training/45_step.ipynb #step-003
+def check_gradient(loss: Tensor) -> None:
+    """Raise if a loss cannot teach the model anything."""
+    if not loss.requires_grad:
+        raise ValueError(
+            "The loss does not depend on the model's parameters: it has no gradient. Look for "
+            "detach(), argmax, numpy or no_grad between the model and the loss, or for a "
+            "model whose parameters are all frozen."
+        )
+
+
 class OptimizerStep:
     """Backward passes into a window, then one guarded update.
 
@@ -175,12 +185,7 @@ class OptimizerStep:
 
     def backward(self, loss: Tensor, share: float | Tensor) -> None:
         """Add the gradient of `share` times the loss."""
-        if not loss.requires_grad:
-            raise ValueError(
-                "The loss does not depend on the model's parameters: it has no gradient. Look for "
-                "detach(), argmax, numpy or no_grad between the model and the loss, or for a "
-                "model whose parameters are all frozen."
-            )
+        check_gradient(loss)
         if isinstance(share, Tensor) or share != 1.0:
             loss = loss * share
         self.precision.scaler.scale(loss).backward()

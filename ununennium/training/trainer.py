@@ -9,6 +9,7 @@ import contextlib
 import math
 import operator
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,9 @@ from ununennium.training.batches import (
     loss_facts,
     move,
     prediction,
+    quote_names,
     sample_count,
+    sample_names,
     start,
     unpack,
     widen,
@@ -73,8 +76,8 @@ __all__ = ['EMPTY_HINT', 'FORMAT', 'FIELDS', 'whole_number', 'TrainerConfig', 'm
            'random_state_kept', 'interrupt_noted', 'termination_noted', 'Schedule', 'default_metrics', 'named_losses',
            'agreed_ignore_index', 'explain_input', 'advice_on', 'advise', 'compare_ignored', 'ignore_cure',
            'warn_of_validation', 'Evaluator', 'OpenEpoch', 'check_parts', 'check_loader', 'check_callbacks', 'Run',
-           'SavedRun', 'run_state_dict', 'place_of', 'check_fields', 'load_run_state', 'random_owners',
-           'restore_random_state', 'Session', 'Trainer']
+           'SavedRun', 'run_state_dict', 'place_of', 'furthest', 'moved', 'check_fields', 'load_run_state',
+           'random_owners', 'restore_random_state', 'Session', 'Trainer']
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-051
 def whole_number(name: str, value: Any, least: float, most: float = math.inf) -> int:
@@ -248,6 +251,9 @@ def termination_noted(note: Callable[[], None]) -> Iterator[None]:
 
     def on_request(signum: int, frame: Any) -> None:
         nonlocal noted
+        if noted:  # somebody does not want to wait
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
         noted = True
         note()
 
@@ -439,6 +445,12 @@ def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception 
             "The input is a numpy array. Convert it in the dataset: torch.from_numpy(image)."
         )
     wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if channels := re.search(r"to have (\d+) channels, but got (\d+) channels", str(error)):
+        takes, has = channels.groups()
+        return ValueError(
+            f"The image has {has} channels and the model takes {takes} ({error}). Build the model "
+            f"for {has} channels, or select bands in the dataset."
+        )
     if (
         isinstance(inputs, Tensor)
         and wanted is not None
@@ -472,8 +484,8 @@ def advice_on(error: BaseException, batch_size: float, accumulation_steps: int) 
         )
     if "Expected more than 1 value per channel when training" in text:
         return (
-            "A batch norm cannot learn from a single value: the last batch has one sample. Pass "
-            "drop_last=True to the DataLoader, or another batch_size."
+            "A batch norm cannot learn from a single value, and this batch has one sample. Pass a "
+            "larger batch_size; if only the last batch is so small, drop_last=True."
         )
     return ""
 
@@ -600,6 +612,17 @@ class Evaluator:
         elif self.facts.wants_logits:
             check_labels(target, 2, self.ignore_index, ignore_cure(self.facts))
 
+    @contextlib.contextmanager
+    def _in_validation(self, number: int, raw: Any) -> Iterator[None]:
+        """Say which batch it was if something is wrong with it."""
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError) as error:
+            names = quote_names(sample_names(raw))
+            where = f"This is batch index {number} of the validation loader"
+            advise(error, f"{where} ({names})." if names else f"{where}.")
+            raise
+
     # Not inference_mode: a tensor that a model caches in it could never be trained with.
     @torch.no_grad()
     def _evaluate(
@@ -615,24 +638,27 @@ class Evaluator:
             for number, raw in enumerate(start(loader)):
                 if should_stop():
                     return None
-                batch = self._prepare(raw, number)
-                if batch.is_empty:
-                    continue
-                output, target = self._forward(batch)
-                losses.append((number, batch.losses["loss"]))
-                for name, value in batch.losses.items():
-                    means.setdefault(name, WeightedMean()).update(value, batch.weight)
-                if metrics is None:
-                    metrics = default_metrics(
-                        output, target, self.facts, self.ignore_index, self.config.class_names
-                    )
-                if metrics is not self.metrics and metrics.metrics:
-                    classes = metrics.metrics[""].num_classes
-                    check_labels(batch.target, classes, self.ignore_index, ignore_cure(self.facts))
-                if metrics.metrics:
-                    predicted = prediction(output)
-                    is_tensor = isinstance(predicted, Tensor)
-                    metrics.update(predicted.float() if is_tensor else predicted, target)
+                with self._in_validation(number, raw):
+                    batch = self._prepare(raw, number)
+                    if batch.is_empty:
+                        continue
+                    output, target = self._forward(batch)
+                    losses.append((number, batch.losses["loss"]))
+                    for name, value in batch.losses.items():
+                        means.setdefault(name, WeightedMean()).update(value, batch.weight)
+                    if metrics is None:
+                        metrics = default_metrics(
+                            output, target, self.facts, self.ignore_index, self.config.class_names
+                        )
+                    if metrics is not self.metrics and metrics.metrics:
+                        classes = metrics.metrics[""].num_classes
+                        check_labels(
+                            batch.target, classes, self.ignore_index, ignore_cure(self.facts)
+                        )
+                    if metrics.metrics:
+                        predicted = prediction(output)
+                        is_tensor = isinstance(predicted, Tensor)
+                        metrics.update(predicted.float() if is_tensor else predicted, target)
         if number < 0:
             raise ValueError(f"The validation loader gave no batch. {EMPTY_HINT}")
         warn_of_validation(losses, self.ignore_index)
@@ -668,6 +694,7 @@ class OpenEpoch:
     means: dict[str, WeightedMean] = field(default_factory=lambda: {"loss": WeightedMean()})
     batches: int = 0
     empty: int = 0
+    is_broken: bool = False  # the loader raised an error
 
     def close_window(self) -> None:
         """Count the window's batches as done."""
@@ -703,12 +730,14 @@ class OpenEpoch:
             "batches": self.batches,
             "empty": self.empty,
             "means": {name: mean.state_dict() for name, mean in self.means.items()},
+            "is_broken": self.is_broken,
             "place": feed.state(self.batches) if self.windows else self.place,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Take over what a file kept."""
         self.batches, self.empty, self.place = state["batches"], state["empty"], state["place"]
+        self.is_broken = bool(state["is_broken"])
         for name, mean in state["means"].items():
             self.means.setdefault(name, WeightedMean()).load_state_dict(mean, device)
 
@@ -986,6 +1015,11 @@ class SavedRun(Run):
         self._take_over(load_file(path), path)
 
     def _take_over(self, saved: dict[str, Any], path: str | Path) -> None:
+        if self._is_running:
+            raise RuntimeError(
+                "A checkpoint cannot be loaded while fit() runs. Call request_stop(), and load it "
+                "after fit() has returned."
+            )
         check_fields(saved, path)
         check_tensors(saved["model"], model_state(self.model), path)
         before, position = (
@@ -993,7 +1027,7 @@ class SavedRun(Run):
             (self._open, self._random, self._feeds, self.stop_reason),
         )
         try:
-            load_run_state(self, saved)
+            load_run_state(self, moved(saved, Path(path)))
         except Exception as error:
             self.optimizer.load_state_dict(before["optimizer"])  # whatever it was left with
             load_run_state(self, before)
@@ -1025,6 +1059,10 @@ class SavedRun(Run):
             If all files are damaged, or the newest intact one does not fit this trainer.
         """
         finish_writing()
+        if Path(dirpath).is_file():
+            raise CheckpointError(
+                f"{dirpath} is a file. Pass its folder, or load_checkpoint({str(dirpath)!r})."
+            )
         files = newest_first(dirpath)
         if not files:
             print(f"There is no checkpoint in {dirpath}, so training begins at the beginning.")
@@ -1035,6 +1073,7 @@ class SavedRun(Run):
             except CheckpointError as error:
                 warn(str(error))
                 continue
+            path, saved = furthest(path, saved)
             self._take_over(saved, path)
             print(f"Going on from {path}: {place_of(self)}.")
             return path
@@ -1070,6 +1109,34 @@ def place_of(run: Run) -> str:
     """Return where a run goes on."""
     inside = f", batch {run.batch} of epoch {run.epoch + 1}" if run.batch else ""
     return f"after epoch {run.epoch}{inside}, step {run.global_step}"
+
+
+def furthest(path: Path, saved: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Return the `last.pt` beside a file if it is further on: a copied file may look newer."""
+
+    def progress(state: dict[str, Any]) -> tuple[int, int]:
+        epoch = state["open"] or {"batches": 0}
+        return state["progress"]["epoch"], epoch["batches"]
+
+    last = path.with_name("last.pt")
+    if path != last and last.is_file():
+        with contextlib.suppress(CheckpointError, KeyError, TypeError):
+            other = load_file(last)
+            if progress(other) > progress(saved):
+                return last, other
+    return path, saved
+
+
+def moved(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a state whose callbacks know that the folder of their files is where the file is."""
+
+    def here(memory: Any) -> Any:
+        if not (isinstance(memory, dict) and {"folder", "kept"} <= memory.keys()):
+            return memory
+        names = {"last.pt", "previous.pt", *(name for _, name in memory["kept"])}
+        return memory | {"folder": str(path.parent.resolve())} if path.name in names else memory
+
+    return saved | {"callbacks": [[kind, here(memory)] for kind, memory in saved["callbacks"]]}
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-077
 FORMAT = 2
@@ -1206,9 +1273,11 @@ class Session(SavedRun):
                 size = sample_count(window[0].raw) if window else 1.0
                 advise(error, advice_on(error, size, self.config.accumulation_steps))
                 self._abandon_window()
+                self._put_down()
                 is_interrupt = isinstance(error, KeyboardInterrupt)
+                what = str(error).strip().partition("\n")[0]  # not a worker's whole traceback
                 self.request_stop(
-                    "interrupted" if is_interrupt else f"{type(error).__name__}: {error}"
+                    "interrupted" if is_interrupt else f"{type(error).__name__}: {what}"
                 )
                 self._tell("on_exception", error, to_all=True)
                 if not is_interrupt:
@@ -1240,6 +1309,15 @@ class Session(SavedRun):
             for batch in self._open.window:
                 batch.losses, batch.probes = {}, {}  # and their graphs
 
+    def _put_down(self) -> None:
+        """Leave an epoch as a file does if its loader has raised: its iterator lacks a batch."""
+        epoch = self._open
+        if epoch is None or epoch.windows is None or not epoch.windows.raised:
+            return
+        if not isinstance(self.train_loader, Iterator):
+            epoch.place = self._feed("train").state(epoch.batches)
+            epoch.windows, epoch.window, epoch.is_broken = None, [], True
+
     def _enter_epoch(self) -> OpenEpoch:
         """Go on with the open epoch, or begin one: the sampler's epoch, the loader, the counts."""
         epoch = self._open
@@ -1254,8 +1332,15 @@ class Session(SavedRun):
             self._skips.open_epoch()
             self._tell("on_epoch_start", self.epoch)
             reading, epoch = feed, OpenEpoch()
-        else:  # from a file
+        else:  # from a file, or after an error of the loader
             reading = feed.go_on(epoch.place)
+            if epoch.is_broken:
+                warn(
+                    f"train_loader raised an error when it read batch {epoch.batches} of epoch "
+                    f"{self.epoch + 1}. That batch is read again; if it draws random numbers, they "
+                    "are others than without the error."
+                )
+                epoch.is_broken = False
         size = self.config.accumulation_steps
         epoch.windows = Windows(reading, size, self._prepare, epoch.batches)
         self._open = epoch
