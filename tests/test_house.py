@@ -60,6 +60,7 @@ ALLOWED = {
     "training.feed": {"training.state", "training.checkpoint", "training.batches"},
     "training.check": {
         "training.state", "training.batches", "training.callbacks", "training.feed",
+        "training.step",
     },
     "training.dashboard": {
         "notebook.kernel", "training.state", "training.batches", "training.callbacks",

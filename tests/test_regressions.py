@@ -240,6 +240,14 @@ def test_a_loader_that_raised_is_not_taken_as_finished_silently():
     trainer = make_trainer(Failing(), epochs=1)
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.fit()
+    again = pytest.warns(UserWarning, match="error when it read batch 3 of epoch 1. That batch is")
+    with again, pytest.raises(OSError, match="the disk is gone"):
+        trainer.fit()
+    assert (trainer.epoch, trainer.batch) == (0, 3)
+
+    trainer = make_trainer(iter(Failing()), epochs=1)  # which cannot be read again
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.fit()
     with pytest.warns(UserWarning, match="raised an error on the way, so epoch 1, of 3 batches"):
         trainer.fit()
 

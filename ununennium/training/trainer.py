@@ -702,6 +702,12 @@ class OpenEpoch:
         self.empty += sum(batch.is_empty for batch in self.window)
         self.window = []
 
+    def put_down(self, feed: Feed) -> None:
+        """Go on as from a file if the loader has raised: its iterator may lack a batch now."""
+        if self.windows and self.windows.raised and not isinstance(feed.loader, Iterator):
+            self.place = feed.state(self.batches)
+            self.windows, self.window, self.is_broken = None, [], True
+
     def check_end(self, number: int) -> None:
         """Complain if the loader gave nothing, or ended after it had raised."""
         if not self.batches:
@@ -1273,7 +1279,8 @@ class Session(SavedRun):
                 size = sample_count(window[0].raw) if window else 1.0
                 advise(error, advice_on(error, size, self.config.accumulation_steps))
                 self._abandon_window()
-                self._put_down()
+                if self._open is not None:
+                    self._open.put_down(self._feed("train"))
                 is_interrupt = isinstance(error, KeyboardInterrupt)
                 what = str(error).strip().partition("\n")[0]  # not a worker's whole traceback
                 self.request_stop(
@@ -1308,15 +1315,6 @@ class Session(SavedRun):
             self._stepper.abandon()
             for batch in self._open.window:
                 batch.losses, batch.probes = {}, {}  # and their graphs
-
-    def _put_down(self) -> None:
-        """Leave an epoch as a file does if its loader has raised: its iterator lacks a batch."""
-        epoch = self._open
-        if epoch is None or epoch.windows is None or not epoch.windows.raised:
-            return
-        if not isinstance(self.train_loader, Iterator):
-            epoch.place = self._feed("train").state(epoch.batches)
-            epoch.windows, epoch.window, epoch.is_broken = None, [], True
 
     def _enter_epoch(self) -> OpenEpoch:
         """Go on with the open epoch, or begin one: the sampler's epoch, the loader, the counts."""
