@@ -365,3 +365,14 @@ def test_an_error_of_the_data_set_costs_no_sample(tmp_path, accumulation, throug
         assert [str(w.message) for w in caught if "may lack" in str(w.message)] == []
         for a, b in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_loader_of_another_kind_is_told(tmp_path):
+    case = draw_case(0) | {"kind": "plain", "workers": 0, "val_workers": 0, "how": "stop"}
+    case |= {"accumulation": 1, "scheduler": "none"}
+    part = make_trainer(case, tmp_path, At(2, leave("stop")))
+    part.fit()
+    other = make_trainer(case | {"kind": "stream"}, tmp_path)
+    other.resume(tmp_path)
+    with pytest.warns(UserWarning, match="left with a loader of another kind"):
+        other.fit()

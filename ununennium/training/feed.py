@@ -406,6 +406,10 @@ class Feed(NotedLoader):
                 f"train_loader gave {reading.number} batches, but {done} of this epoch were done "
                 "when the file was written. Pass the loader of that run."
             )
+        if place["loader"] is None and (order is None) != (self.order is None):
+            problems.append(
+                "it was left with a loader of another kind, so samples may come twice or not at all"
+            )
         if place["num_workers"] != self.workers:
             problems.append(
                 f"it was left with num_workers={place['num_workers']} and goes on with "
