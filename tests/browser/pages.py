@@ -12,6 +12,8 @@ from playwright.sync_api import Locator, Page, Response, Route, expect
 
 from browser.server import WAIT, Server, wait_until
 
+PATIENCE = 7.0  # seconds without an answer until a person would do something
+
 
 class FrontEnd:
     """A notebook file with these cells and, once open, its page."""
@@ -96,8 +98,27 @@ class FrontEnd:
             self.saves += 1
 
     def wait(self, true: Callable[[], object], what: str, timeout: float = WAIT) -> None:
-        """Wait until `true` is, while the page's events are heard."""
-        wait_until(true, what, timeout, lambda time: self.page.wait_for_timeout(time * 1000))
+        """Wait until `true` is, while the page's events are heard.
+
+        Kernels 7.0 to 7.3 can overlook a message that arrives while they send a reply, until
+        another client connects; one more message on the same connection does not help (ipykernel
+        issue 1554). A person would load the page again, so after a while another client connects.
+        """
+        next_try = time.monotonic() + PATIENCE
+
+        def is_true() -> object:
+            nonlocal next_try
+            if self.version in kernels.FORGETFUL and time.monotonic() > next_try:
+                print(f"still waiting: {what}; so another client connects to the kernel")
+                self.connect_another()
+                next_try += PATIENCE
+            return true()
+
+        wait_until(is_true, what, timeout, lambda time: self.page.wait_for_timeout(time * 1000))
+
+    def connect_another(self) -> None:
+        """Connect to the kernel once more for three seconds, as a second tab would."""
+        self.kernel("k && (other => setTimeout(() => other.dispose(), 3000))(k.clone())")
 
     def kernel(self, expression: str = "k.status") -> object:
         """Evaluate JavaScript on the page's connection to its kernel, `k`."""
@@ -137,24 +158,9 @@ class FrontEnd:
             self.run_cell(i)
 
     def wait_done(self, i: int, timeout: float = WAIT) -> None:
-        """Wait until the i-th code cell has run.
-
-        Kernels 7.0 to 7.3 can overlook a message that arrives while they send a reply, until the
-        next one comes (ipykernel issue 1554). Nobody would wait for half a minute without touching
-        anything, so after a while there is a next one.
-        """
+        """Wait until the i-th code cell has run."""
         done = re.compile(r"\[\d+\]:")
-        next_try = time.monotonic() + 10
-
-        def is_done() -> bool:
-            nonlocal next_try
-            if self.version in kernels.FORGETFUL and time.monotonic() > next_try:
-                print(f"cell {i} is {self.prompt(i)}, so the kernel gets another message")
-                self.kernel("k.requestKernelInfo() && 0")
-                next_try += 5
-            return bool(done.fullmatch(self.prompt(i)))
-
-        self.wait(is_done, f"cell {i} is done", timeout)
+        self.wait(lambda: done.fullmatch(self.prompt(i)), f"cell {i} is done", timeout)
 
     def output(self, i: int) -> Locator:
         """Locate the outputs of the i-th code cell; its source is not in there."""

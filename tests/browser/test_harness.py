@@ -107,6 +107,22 @@ def test_the_kernel_is_of_the_version_asked_for(open_notebook, front, version):
 
 
 @pytest.mark.parametrize("front", FRONTS)
+def test_another_client_connects_for_a_moment(open_notebook, front):
+    notebook = open_notebook(front, ["print(6 * 7)"])
+
+    def clients():
+        path = notebook.kernel("`kernels/${k.id}`")
+        return notebook.server.rest(path)["connections"]
+
+    assert clients() == 1
+    notebook.connect_another()
+    notebook.wait(lambda: clients() == 2, "there are two")
+    notebook.wait(lambda: clients() == 1, "there is one")
+    notebook.run_cell(0, wait=True)
+    notebook.wait_output(0, "42")
+
+
+@pytest.mark.parametrize("front", FRONTS)
 def test_a_subshell_hears_a_click_while_a_cell_runs(open_notebook, front):
     notebook = open_notebook(front, ["SECONDS = 30", LISTEN], version="7.3.0")
     notebook.queue(0, 1)
