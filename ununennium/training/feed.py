@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import pickle
 import weakref
 import zlib
@@ -266,6 +267,17 @@ def owners_of(loader: Any) -> tuple[Any, ...]:
     return (loader,)
 
 
+_not_ours: list[Any] = []
+
+
+def _let_go(held: list[Any], process: int) -> None:
+    """Let a loader's workers end, but not from within a worker, whose memory is a copy of ours."""
+    if os.getpid() == process:
+        held.clear()
+    else:
+        _not_ours.append(held)
+
+
 class NotedLoader:
     """A loader, copied so that it can be read with notes.
 
@@ -286,7 +298,7 @@ class NotedLoader:
         # The garbage collector takes a loader and its workers apart in any order, and the workers
         # then end only after five seconds each. Held from outside, they go in theirs.
         self._held: list[Any] = []
-        weakref.finalize(self, self._held.clear).atexit = False
+        weakref.finalize(self, _let_go, self._held, os.getpid()).atexit = False
         self._copy_loader({})
 
     def _copy_loader(self, states: dict[int, Any]) -> None:
