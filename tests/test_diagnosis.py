@@ -1,6 +1,7 @@
 """What users meet, explained where it happens; and `check`, which looks for it beforehand."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -205,6 +206,23 @@ def test_labels_outside_the_classes_with_a_loss_of_ones_own(capsys):
 
     problems, _ = checked(capsys, make_batches(2), loss=loss)
     assert any("labels [255] outside the model's 3 classes" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("end", "loss", "expected"),
+    [
+        (nn.Identity(), nn.CrossEntropyLoss(ignore_index=255), None),
+        (nn.Softmax(1), nn.CrossEntropyLoss(ignore_index=255), "a softmax of its own"),
+        (nn.Softmax(1), nn.NLLLoss(ignore_index=255), r"nn\.LogSoftmax\(1\)"),
+        (nn.LogSoftmax(1), nn.NLLLoss(ignore_index=255), None),
+        (nn.ReLU(), nn.CrossEntropyLoss(ignore_index=255), None),
+    ],
+)  # fmt: skip
+def test_an_output_that_the_loss_does_not_take(end, loss, expected):
+    model = nn.Sequential(nn.Conv2d(4, 3, 1), end)
+    problems = make_trainer(make_batches(2), loss=loss, model=model).check()
+    assert len(problems) == (expected is not None)
+    assert all(re.search(expected, problem) for problem in problems)
 
 
 def test_what_the_run_would_raise_is_raised():

@@ -30,8 +30,8 @@ from .state import random_state, set_random_state, size
 from .step import check_gradient
 
 # %% auto #0
-__all__ = ['untouched', 'first_batch', 'shape_of', 'look_at_image', 'look_at_labels', 'Kept', 'bytes_of_state', 'Problems',
-           'look_at_end', 'look_at_step', 'look_at_monitors', 'check']
+__all__ = ['untouched', 'first_batch', 'shape_of', 'look_at_image', 'look_at_labels', 'look_at_output', 'Kept', 'bytes_of_state',
+           'Problems', 'look_at_end', 'look_at_step', 'look_at_monitors', 'check']
 
 # %% ../../nbs/training/48_check.ipynb #check-005
 @contextlib.contextmanager
@@ -137,6 +137,31 @@ def look_at_labels(
             told += f"; without {', '.join(map(str, absent[:20]))}"
     return told, problems
 
+
+def look_at_output(output: Any, loss: Any) -> list[str]:
+    """Return whether an output `(N, classes, ...)` is not what a loss of PyTorch's takes."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return []
+    if output.ndim < 2 or output.shape[1] < 2:
+        return []
+    scores = output.detach().float()
+    sums = scores.sum(1)
+    is_softmax = bool((scores >= 0).all()) and torch.allclose(
+        sums, torch.ones_like(sums), atol=0.01
+    )
+    if isinstance(loss, nn.CrossEntropyLoss) and is_softmax:
+        return [
+            "The model's output sums to 1 over the classes, as after a softmax, and "
+            "CrossEntropyLoss has a softmax of its own: training would be slow. Return the output "
+            "of the layer before it."
+        ]
+    if isinstance(loss, nn.NLLLoss) and bool((scores > 0).any()):
+        return [
+            "The model's output is above 0 somewhere, and NLLLoss takes logarithms of "
+            "probabilities. End the model with nn.LogSoftmax(1), or take CrossEntropyLoss."
+        ]
+    return []
+
 # %% ../../nbs/training/48_check.ipynb #check-010
 class Kept:
     """Counts the bytes that a forward pass keeps for the backward pass."""
@@ -211,7 +236,7 @@ def look_at_step(run: Any, raw: Any) -> tuple[dict[str, str], list[str]]:
     shown = prediction(output)
     classes = shown.shape[1] if isinstance(shown, Tensor) and shown.ndim > 1 else None
     told["target"], found = look_at_labels(batch.target, classes, run.ignore_index)
-    problems += found
+    problems += found + look_at_output(shown, run.loss_fn)
     told["output"] = shape_of(shown)
     loss = batch.losses["loss"]
     if batch.is_empty:
