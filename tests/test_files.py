@@ -325,7 +325,7 @@ def test_a_hostile_file_runs_nothing(tmp_path):
     trainer = make_trainer()
     path = trainer.save_checkpoint(tmp_path / "a.pt")
     torch.save(torch.load(path) | {"progress": Hostile(tmp_path / "owned")}, path)
-    with pytest.raises(CheckpointError, match="damaged or is no checkpoint"):
+    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
         trainer.load_checkpoint(path)
     assert not (tmp_path / "owned").exists()
 

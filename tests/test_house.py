@@ -52,6 +52,7 @@ ALLOWED = {
     "plots": {"data"},
     "training.state": set(),
     "training.checkpoint": set(),
+    "training.restore": {"training.checkpoint"},
     "training.callbacks": {"training.state", "training.checkpoint"},
     "training.batches": {"losses"},
     "training.step": {"training.state", "training.batches"},
@@ -67,9 +68,9 @@ ALLOWED = {
         "training.runlog",
     },
     "training.trainer": {
-        "metrics", "training.state", "training.checkpoint", "training.callbacks",
-        "training.batches", "training.step", "training.dashboard", "training.feed",
-        "training.check",
+        "metrics", "training.state", "training.checkpoint", "training.restore",
+        "training.callbacks", "training.batches", "training.step", "training.dashboard",
+        "training.feed", "training.check",
     },
 }  # fmt: skip
 

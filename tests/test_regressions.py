@@ -472,7 +472,7 @@ def test_a_file_of_another_program_or_version(tmp_path):
     state = torch.load(path)
     for change, message in (
         ({"format": 99}, "has format 99"),
-        ({"model": 5}, "holds no checkpoint of this package"),
+        ({"model": 5}, "is not a checkpoint of this package"),
     ):
         content = {name: part for name, part in state.items() if name != "checksum"}
         save_file(content | change, path)
@@ -619,7 +619,7 @@ def test_a_validation_loss_that_is_not_finite_is_explained():
     with pytest.warns(UserWarning, match=r"of 1 batch is not finite, at first at batch index 2"):
         scores = trainer.validate(spoiled(2, 4))
     assert math.isnan(scores["val_loss"])
-    with pytest.raises(CheckpointError, match="best_path is None as long as"):
+    with pytest.raises(CheckpointError, match="best_path is None until"):
         trainer.load_checkpoint(None)
 
 

@@ -47,22 +47,24 @@ from .callbacks import HOOKS, Hooks, direction_of
 from .check import Problems, check
 from ununennium.training.checkpoint import (
     CheckpointError,
-    check_tensors,
     copy_to_host,
     finish_writing,
-    group_settings,
     load_file,
+    newest_first,
+    save_file,
+    save_in_background,
+)
+from .dashboard import Dashboard, progress_display
+from .feed import Feed, owners_of
+from ununennium.training.restore import (
+    check_tensors,
+    group_settings,
     load_model,
     load_optimizer,
     load_scheduler,
     model_state,
-    newest_first,
-    save_file,
-    save_in_background,
     unwrap,
 )
-from .dashboard import Dashboard, progress_display
-from .feed import Feed, owners_of
 from ununennium.training.state import (
     RunState,
     random_state,
