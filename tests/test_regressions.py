@@ -361,24 +361,6 @@ def test_an_error_in_on_scores_does_not_cost_the_record_of_the_epoch(tmp_path):
 # Files.
 
 
-def test_numpy_in_the_state_can_be_saved_and_read(tmp_path):
-    class Memory(Callback):
-        def __init__(self):
-            self.seen = np.arange(3)
-
-        def state_dict(self):
-            return {"seen": self.seen, "best": np.float32(2.5), "where": tmp_path}
-
-        def load_state_dict(self, state):
-            assert state["best"] == 2.5 and state["seen"].tolist() == [0, 1, 2]
-
-    half_cosine = lambda o: lr_scheduler.LambdaLR(o, lambda e: 0.5 * (1 + np.cos(np.pi * e / 10)))
-    trainer = make_trainer(scheduler=half_cosine, callbacks=[Memory()])
-    trainer.fit(2)
-    trainer.load_checkpoint(trainer.save_checkpoint(tmp_path / "a.pt"))
-    assert type(trainer.optimizer.param_groups[0]["lr"]) is float
-
-
 def test_state_that_no_file_can_hold_is_refused_by_name(tmp_path):
     class Bad(Callback):
         def state_dict(self):
@@ -416,17 +398,6 @@ def test_a_refused_file_leaves_a_pause_as_it_was(tmp_path):
     assert same_state(trainer, straight)
 
 
-def test_a_new_trainer_around_an_old_optimizer_keeps_the_rate(tmp_path):
-    half = lambda o: lr_scheduler.StepLR(o, 1, gamma=0.5)
-    first = make_trainer(scheduler=half)
-    first.fit(2)
-    path = first.save_checkpoint(tmp_path / "a.pt")
-    parts = (first.model, first.optimizer, first.loss_fn, first.train_loader, None)
-    again = Trainer(*parts, half(first.optimizer), config=first.config)
-    again.load_checkpoint(path)
-    assert again.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
-
-
 def test_another_scheduler_is_refused(tmp_path):
     first = make_trainer(scheduler=lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12))
     first.fit(1)
@@ -457,22 +428,13 @@ def test_nan_is_never_the_best_of_all(tmp_path):
     assert callback.best_score == 0.4 and "0.4000" in callback.best_path.name
 
 
-def test_parts_of_a_model_may_be_compiled(tmp_path):
-    inner = small_net()
-    trainer = make_trainer(model=nn.Sequential(torch.compile(inner, backend="eager")))
-    path = trainer.save_checkpoint(tmp_path / "a.pt")
-    assert set(torch.load(path)["model"]) == {f"0.{name}" for name in inner.state_dict()}
-    make_trainer(model=nn.Sequential(small_net(seed=4))).load_checkpoint(path)
-    trainer.load_checkpoint(path)
-
-
 def test_a_file_of_another_program_or_version(tmp_path):
     trainer = make_trainer()
     path = trainer.save_checkpoint(tmp_path / "a.pt")
     state = torch.load(path)
     for change, message in (
         ({"format": 99}, "has format 99"),
-        ({"model": 5}, "holds no checkpoint of this package"),
+        ({"model": 5}, "is not a checkpoint of this package"),
     ):
         content = {name: part for name, part in state.items() if name != "checksum"}
         save_file(content | change, path)
@@ -619,7 +581,7 @@ def test_a_validation_loss_that_is_not_finite_is_explained():
     with pytest.warns(UserWarning, match=r"of 1 batch is not finite, at first at batch index 2"):
         scores = trainer.validate(spoiled(2, 4))
     assert math.isnan(scores["val_loss"])
-    with pytest.raises(CheckpointError, match="best_path is None as long as"):
+    with pytest.raises(CheckpointError, match="best_path is None until"):
         trainer.load_checkpoint(None)
 
 
@@ -701,15 +663,6 @@ def test_labels_that_start_at_one():
     batches = [(image, mask.clamp(max=2) + 1) for image, mask in make_batches(2, nodata=0.0)]
     with pytest.raises(ValueError, match="start at 1: subtract 1"):
         make_trainer(batches).fit(1)
-
-
-def test_a_folder_is_no_checkpoint(tmp_path):
-    trainer = make_trainer()
-    trainer.save_checkpoint(tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match="is a folder. Pass the name of a file"):
-        trainer.save_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"no checkpoint file at .* has last.pt"):
-        trainer.load_checkpoint(tmp_path)
 
 
 def test_figures_of_unusual_runs():
