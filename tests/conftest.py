@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ununennium import Trainer, TrainerConfig
 
@@ -100,6 +101,24 @@ def same_state(one, other):
 def same_history(one, other):
     """Histories are equal, NaN to NaN."""
     return str(one) == str(other)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of tensors by the host: item, bool, float, tolist and the like."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "is_nonzero",
+            "equal",
+            "nonzero",
+        ):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def start_process(target: Callable, *args) -> BaseProcess:
