@@ -1,7 +1,6 @@
 """Small runs that the tests share."""
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ununennium import Trainer, TrainerConfig
 
@@ -103,14 +103,22 @@ def same_history(one, other):
     return str(one) == str(other)
 
 
-class Hostile:
-    """An object whose pickle creates a folder when it is read."""
+class HostReads(TorchDispatchMode):
+    """Counts reads of tensors by the host: item, bool, float, tolist and the like."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self):
+        super().__init__()
+        self.count = 0
 
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "is_nonzero",
+            "equal",
+            "nonzero",
+        ):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def start_process(target: Callable, *args) -> BaseProcess:

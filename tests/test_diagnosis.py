@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from conftest import make_batches, make_trainer, same_history, same_state, small_net
 from ununennium import Callback, CheckpointCallback, EarlyStopping, MaskedLoss
-from ununennium.training.step import LossTrail, TrainingDiverged
+from ununennium.training.step import TrainingDiverged
 
 
 class Named(Dataset):
@@ -69,16 +69,9 @@ def test_an_exploding_loss_is_told_from_its_beginning():
 
     trainer = make_trainer(make_batches(40), model=Explode(), max_skipped_steps=5)
     with pytest.raises(
-        TrainingDiverged, match=r"grew from step 7 on: .* norms before were .* and then"
+        TrainingDiverged, match=r"grew from step 7 on: .* norms were .* before, and .* after"
     ):
         trainer.fit(1)
-
-
-def test_a_trail_of_steady_losses_tells_nothing():
-    trail = LossTrail()
-    for step in range(100):
-        trail.add(step, 1.0 + 0.1 * (step % 3), 1.0)
-    assert trail.tell() == ""
 
 
 def test_out_of_memory_says_what_to_halve():

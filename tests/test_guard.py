@@ -5,15 +5,11 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import DEVICES, make_batches, make_trainer, same_state, small_net, vector
+from conftest import DEVICES, HostReads, make_batches, make_trainer, same_state, small_net, vector
 from ununennium import Callback, TrainingDiverged
-from ununennium.training.batches import MicroBatch
-from ununennium.training.step import Precision, SkipLog
+from ununennium.training.precision import Precision
 
 OPTIMIZERS = {
     "host": lambda p: torch.optim.AdamW(p, lr=0.02),
@@ -61,6 +57,29 @@ def test_too_many_in_a_row_end_the_run_with_the_parameters_intact(optimizer):
     assert torch.equal(vector(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:Epoch")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_are_numbered_alike_after_a_resume_that_follows_skips(optimizer, tmp_path):
+    """Skips that a file has in its counts are in its step number already."""
+    batches = spoil(spoil(make_batches(8), 1, math.nan), 5, math.nan)
+
+    class Pause(Callback):
+        def on_batch_end(self, trainer, batch, logs):
+            if trainer.batch == 4:
+                trainer.request_stop("pause")
+
+    paused, resumed, straight = (
+        make_trainer(batches, optimizer=OPTIMIZERS[optimizer], callbacks=callbacks)
+        for callbacks in ([Pause()], [], [])
+    )
+    paused.fit(1)
+    resumed.load_checkpoint(paused.save_checkpoint(tmp_path / "a.pt"))
+    for trainer in (resumed, straight):
+        trainer.fit(1)
+    assert straight.global_step == resumed.global_step == 6
+    assert straight.history["train_skipped_steps"] == resumed.history["train_skipped_steps"] == [2]
+
+
 def test_a_finite_loss_with_an_infinite_gradient_is_caught():
     class Sharp(torch.autograd.Function):
         @staticmethod
@@ -79,27 +98,9 @@ def test_a_finite_loss_with_an_infinite_gradient_is_caught():
     assert torch.equal(vector(trainer.model), before)
 
 
-class Reads(TorchDispatchMode):
-    """Counts reads of tensors by the host: item, bool, float, tolist and the like."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in (
-            "_local_scalar_dense",
-            "is_nonzero",
-            "equal",
-            "nonzero",
-        ):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def reads_of_a_fit(steps, **settings):
     trainer = make_trainer(make_batches(steps, side=4), **settings)
-    with Reads() as reads:
+    with HostReads() as reads:
         trainer.fit(1)
     return reads.count
 
@@ -239,30 +240,3 @@ def test_clipping_off_and_the_norm_before_clipping():
     make_trainer(optimizer=sgd, callbacks=[Watch(norms)], gradient_clip=1e-3).fit(1)
     make_trainer(optimizer=sgd, callbacks=[Watch(free)], gradient_clip=0).fit(1)
     assert norms == free and min(norms) > 1e-3
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    steps=st.integers(1, 600),
-    size=st.integers(1, 3),
-    skipped=st.floats(0, 1),
-    seed=st.integers(0, 999),
-)
-def test_counting_on_the_device_is_counting_on_the_host(steps, size, skipped, seed):
-    generator = torch.Generator().manual_seed(seed)
-    host, device = SkipLog(limit=10**9), SkipLog(limit=10**9)
-    longest = run = 0
-    for step in range(steps):
-        taken = bool(torch.rand((), generator=generator) >= skipped)
-        run = 0 if taken else run + 1
-        longest = max(longest, run)
-        window = []
-        for place in range(size):
-            bad = not taken and bool(torch.rand((), generator=generator) < 0.3)
-            probes = {"output": torch.tensor(math.nan if bad else 1.0), "loss": torch.tensor(0.5)}
-            number = step * size + place
-            window.append(MicroBatch(None, None, None, 1.0, number, probes=probes))
-        host.see(window, taken, epoch=0)
-        device.see(window, torch.tensor(taken), epoch=0)
-    assert device.read() == host.read()
-    assert int(device.longest) == longest and int(device.in_a_row) == run

@@ -27,7 +27,7 @@ from ununennium import (
 )
 from ununennium.training.callbacks import BarProgress
 from ununennium.training.checkpoint import save_file
-from ununennium.training.step import Precision
+from ununennium.training.precision import Precision
 
 
 def spoiled(number=0, count=8):

@@ -385,7 +385,7 @@ class MicroBatch:
     number: int
     share: float | Tensor = 0.0
     losses: dict[str, Tensor] = field(default_factory=dict)
-    probes: dict[str, Tensor] = field(default_factory=dict)
+    checks: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:

@@ -28,7 +28,7 @@ from .callbacks import Monitor
 from .feed import owners_of
 from .messages import format_bytes
 from .rng import random_state, set_random_state
-from .step import check_gradient
+from .step import check_gradient, gradient_norm
 
 # %% auto #0
 __all__ = ['untouched', 'first_batch', 'shape_of', 'look_at_image', 'look_at_labels', 'look_at_output', 'Kept', 'bytes_of_state',
@@ -245,8 +245,7 @@ def look_at_step(run: Any, raw: Any) -> tuple[dict[str, str], list[str]]:
     check_gradient(loss)
     loss.backward()
     loss = loss.detach()
-    norms = [p.grad.float().norm() for p in run.model.parameters() if p.grad is not None]
-    norm = float(torch.stack(norms).norm()) if norms else 0.0
+    norm = gradient_norm([p.grad for p in run.model.parameters() if p.grad is not None])
     told["loss"] = f"{float(loss):.4g}, gradient norm {norm:.4g}"
     if not loss.isfinite():
         problems.append(f"The loss of the first batch is {float(loss)}.")

@@ -63,10 +63,13 @@ from ununennium.training.checkpoint import (
 )
 from .dashboard import Dashboard, progress_display
 from .feed import Feed, owners_of
+from .finite import finite_checks
 from .messages import warn
+from .precision import Precision, resolve_device
 from .rng import random_state, set_random_state
+from .skips import SkippedSteps
 from .state import Progress
-from .step import OptimizerStep, Precision, SkipLog, probes, resolve_device
+from .step import Stepper
 
 # %% auto #0
 __all__ = ['EMPTY_HINT', 'FORMAT', 'FIELDS', 'whole_number', 'TrainerConfig', 'modes_restored', 'TrainingModes',
@@ -310,9 +313,9 @@ class Schedule:
         by_step = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
         return "step" if any(isinstance(part, by_step) for part in parts) else "epoch"
 
-    def after_step(self, taken: bool | Tensor) -> None:
+    def after_step(self, stepped: bool | Tensor) -> None:
         """Move after an optimizer step, if it was taken."""
-        if self.pace == "step" and taken:
+        if self.pace == "step" and stepped:
             self.scheduler.step()
 
     def after_epoch(self, scores: Mapping[str, float], steps: int) -> None:
@@ -586,7 +589,7 @@ class Evaluator:
             target = widen(target, output, self.facts)
             batch.losses = named_losses(self.loss_fn(output, target), self.facts.name)
         if self.model.training:  # a validation loss is reported as it is
-            batch.probes = probes(inputs, target, output, batch.losses["loss"])
+            batch.checks = finite_checks(inputs, target, output, batch.losses["loss"])
         return output, target
 
     def _predict(self, inputs: Any) -> Any:
@@ -720,12 +723,12 @@ class OpenEpoch:
                 "learned."
             )
 
-    def add_losses(self, window: list[MicroBatch], taken: bool | Tensor) -> None:
+    def add_losses(self, window: list[MicroBatch], stepped: bool | Tensor) -> None:
         """Add the losses of a window to the epoch's means if its step was taken."""
         for batch in window:
             for name, value in batch.losses.items():
                 mean = self.means.setdefault(name, WeightedMean())
-                mean.update(value, batch.weight, taken)
+                mean.update(value, batch.weight, stepped)
 
     def state_dict(self, feed: Feed) -> dict[str, Any]:
         """Return what a file keeps of it."""
@@ -857,7 +860,7 @@ class Run(Evaluator):
         self.goal = self.config.epochs  # what the running fit works up to
         self._state = Progress()
         self._modes = TrainingModes(self.model)
-        self._skips = SkipLog(self.config.max_skipped_steps)
+        self._skips = SkippedSteps(self.config.max_skipped_steps)
         self._built = group_settings(optimizer)
         self._waited = 0.0  # in the epochs that are closed
         self._is_running = False
@@ -1244,7 +1247,7 @@ class Session(SavedRun):
         self.goal = goal
         self._state.stop_reason = None
         self._tell = Hooks(self.callbacks, self).tell
-        self._stepper = OptimizerStep(
+        self._stepper = Stepper(
             self.model, self.optimizer, self.precision, self.config.gradient_clip
         )
         self._stepper.clear()
@@ -1311,7 +1314,7 @@ class Session(SavedRun):
         if self._open and self._open.window:
             self._stepper.abandon()
             for batch in self._open.window:
-                batch.losses, batch.probes = {}, {}  # and their graphs
+                batch.losses, batch.checks = {}, {}  # and their graphs
 
     def _enter_epoch(self) -> OpenEpoch:
         """Go on with the open epoch, or begin one: the sampler's epoch, the loader, the counts."""
@@ -1462,15 +1465,11 @@ class Trainer(Session):
         """Close the window with an optimizer step; return the gradient's norm before clipping."""
         epoch = self._open
         assert epoch is not None
-        window = [batch for batch in epoch.window if not batch.is_empty]
-        if not window:  # there is nothing to learn from
-            epoch.close_window()
-            return {}
-        norm, taken = self._stepper.update()
+        step = self._stepper.step(epoch.window)
         epoch.close_window()
-        epoch.add_losses(window, taken)
-        self._state.global_step += taken if isinstance(taken, bool) else 1
-        self.schedule.after_step(taken)
-        self._skips.trail.add(self._state.global_step, window[-1].losses["loss"], norm)
-        self._skips.see(window, taken, self.epoch)
-        return {"grad_norm": norm}
+        if step.used:
+            epoch.add_losses(step.used, step.stepped)
+            self._state.global_step += step.stepped if isinstance(step.stepped, bool) else 1
+            self.schedule.after_step(step.stepped)
+            self._skips.note(step, self._state.global_step, self.epoch)
+        return step.logs
