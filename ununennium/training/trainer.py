@@ -62,7 +62,7 @@ from ununennium.training.checkpoint import (
     unwrap,
 )
 from .dashboard import Dashboard, progress_display
-from .feed import Feed, owners_of
+from .loader import ResumableLoader, owners_of
 from .messages import warn
 from .rng import random_state, set_random_state
 from .state import Progress
@@ -682,7 +682,7 @@ class OpenEpoch:
     windows
         What is left to read; None if it comes from a file and nothing was read since.
     place
-        Where in the loader to go on then; see `Feed.state`.
+        Where in the loader to go on then; see `ResumableLoader.state`.
     """
 
     windows: Windows | None = None
@@ -699,7 +699,7 @@ class OpenEpoch:
         self.empty += sum(batch.is_empty for batch in self.window)
         self.window = []
 
-    def put_down(self, feed: Feed) -> None:
+    def put_down(self, feed: ResumableLoader) -> None:
         """Go on as from a file if the loader has raised: its iterator may lack a batch now."""
         if self.windows and self.windows.raised and not isinstance(feed.loader, Iterator):
             self.place = feed.state(self.batches)
@@ -727,7 +727,7 @@ class OpenEpoch:
                 mean = self.means.setdefault(name, WeightedMean())
                 mean.update(value, batch.weight, taken)
 
-    def state_dict(self, feed: Feed) -> dict[str, Any]:
+    def state_dict(self, feed: ResumableLoader) -> dict[str, Any]:
         """Return what a file keeps of it."""
         return {
             "batches": self.batches,
@@ -863,19 +863,19 @@ class Run(Evaluator):
         self._is_running = False
         self._open: OpenEpoch | None = None
         self._random: dict[str, Any] | None = None  # put in place when fit goes on
-        self._feeds: dict[str, Feed] = {}
+        self._feeds: dict[str, ResumableLoader] = {}
 
     def __repr__(self) -> str:
         model, epochs = type(unwrap(self.model)).__name__, self.config.epochs
         where = f"epoch {self.epoch}/{epochs}, step {self.global_step}"
         return f"{type(self).__name__}({model} on {self.device}, {where})"
 
-    def _feed(self, name: str) -> Feed:
+    def _feed(self, name: str) -> ResumableLoader:
         """Return what reads the `train` or the `val` loader."""
         loader = self.train_loader if name == "train" else self.val_loader
         if name not in self._feeds or self._feeds[name].loader is not loader:
             window = self.config.accumulation_steps if name == "train" else 0
-            self._feeds[name] = Feed(loader, window)
+            self._feeds[name] = ResumableLoader(loader, window)
         return self._feeds[name]
 
     @property
@@ -1328,7 +1328,7 @@ class Session(SavedRun):
             self._tell("on_epoch_start", self.epoch)
             reading, epoch = feed, OpenEpoch()
         else:  # from a file, or after an error of the loader
-            reading = feed.go_on(epoch.place)
+            reading = feed.resume(epoch.place)
             if epoch.is_broken:
                 warn(
                     f"train_loader raised an error when it read batch {epoch.batches} of epoch "
