@@ -209,7 +209,7 @@ def position_of(iterator: LoaderIterator, done: int) -> dict[str, Any]:
         "done": done,
         "is_over": iterator.is_over and iterator.number == done,
         "began": iterator.began,
-        "order": source.sampler and source.sampler.state(first),
+        "order": None if source.sampler is None else source.sampler.state(first),
         "num_workers": source.workers,
         "workers": unpickled(states),
         "left": unpickled(iterator.states.latest if source.persists else {}),
@@ -218,9 +218,14 @@ def position_of(iterator: LoaderIterator, done: int) -> dict[str, Any]:
     }
 
 # %% ../../nbs/training/45_loader.ipynb #loader-034
+def knows_the_way(source: InstrumentedLoader, position: dict[str, Any]) -> bool:
+    """Return whether the position holds the loader's own, and the loader can use it."""
+    return position["loader"] is not None and hasattr(source.loader, "load_state_dict")
+
+
 def seek(source: InstrumentedLoader, position: dict[str, Any]) -> tuple[int, str]:
     """Move a loader towards a position; return the batch it begins with, and what is not exact."""
-    if position["loader"] is not None:
+    if knows_the_way(source, position):
         source.loader.load_state_dict(position["loader"])
         return position["done"], ""
     if position["order"] is not None and source.sampler is not None:
@@ -241,9 +246,12 @@ def skip_to(iterator: LoaderIterator, done: int) -> None:
 # %% ../../nbs/training/45_loader.ipynb #loader-038
 def differences(position: dict[str, Any], iterator: LoaderIterator, first: int) -> Iterator[str]:
     """Yield how an epoch that resumes with batch `first` differs from the one that was left."""
-    source = iterator.source
-    if position["loader"] is None and (position["order"] is None) != (source.sampler is None):
-        yield "it was left with a loader of another kind, so samples may be repeated or skipped"
+    source, done = iterator.source, position["done"]
+    if (position["order"] is None) != (source.sampler is None):
+        if not knows_the_way(source, position):
+            yield "it was left with a loader of another kind, so samples may be repeated or skipped"
+    elif first < done and position["print"] not in (None, iterator.prints.before(done)):
+        yield "the loader gave a different batch than before at this position"
     if position["num_workers"] != source.workers:
         yield (
             f"num_workers was {position['num_workers']} and is now {source.workers}, so random "
@@ -251,9 +259,6 @@ def differences(position: dict[str, Any], iterator: LoaderIterator, first: int) 
         )
     if source.workers and not getattr(source.loader, "in_order", True):
         yield "with in_order=False, batches arrive in any order"
-    was_read_again = position["print"] is not None and first < position["done"]
-    if was_read_again and position["print"] != iterator.prints.before(position["done"]):
-        yield "the loader gave a different batch than before at this position"
 
 # %% ../../nbs/training/45_loader.ipynb #loader-041
 def carried_over(last: LoaderIterator | None, loaded: dict[int, Any]) -> dict[int, Any]:
@@ -295,7 +300,9 @@ def resume_epoch(loader: Any, max_ahead: int, position: dict[str, Any]) -> Loade
     began, workers, latest = position["began"], position["workers"], position["left"]
     source, owners = instrument(loader, max_ahead, workers), owners_of(loader)
     if position["is_over"]:
-        return LoaderIterator(source, iter(()), began, workers, latest, position["done"])
+        iterator = LoaderIterator(source, iter(()), began, workers, latest, position["done"])
+        iterator.is_over = True
+        return iterator
     with random_state_kept(*owners):
         set_random_state(began, *owners)
         first, problem = seek(source, position)

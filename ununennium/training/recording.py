@@ -93,10 +93,13 @@ def draw_again(
         return list(islice(indices, count)), indices
 
 
-NOT_REPEATABLE = (
-    "draws its order as it goes, or the data set has changed, so samples from the start of the "
-    "epoch may be repeated"
-)
+def not_repeatable(sampler: Any) -> str:
+    """Return what it means that a sampler has not drawn the same order again."""
+    inner = getattr(sampler, "sampler", sampler)  # a BatchSampler only groups what this one draws
+    return (
+        f"{type(inner).__name__} draws its order as it goes, or the data set has changed, so "
+        "samples from the start of the epoch may be repeated"
+    )
 
 # %% ../../nbs/training/44_recording.ipynb #recording-023
 class ResumableSampler:
@@ -111,8 +114,7 @@ class ResumableSampler:
     """
 
     def __init__(self, sampler: Any, owners: tuple[Any, ...] = ()) -> None:
-        self.sampler, self.owners = sampler, owners
-        self.drawn = DrawnIndices()
+        self.sampler, self.owners, self.drawn = sampler, owners, DrawnIndices()
         self.random: dict[str, Any] | None = None  # before this epoch's first index
         self.next_random: dict[str, Any] | None = None  # set this to begin the next epoch with it
         self.remaining: Iterator[Any] | None = None  # of an epoch to continue
@@ -138,13 +140,13 @@ class ResumableSampler:
 
     def resume(self, position: dict[str, Any]) -> str:
         """Let the next iterator begin at a position; return why that is not exact, or ""."""
+        if position["random"] is None:  # nothing was drawn
+            return ""
         first, self.random = position["first"], position["random"]
         drawn, indices = draw_again(self, position["random"], first + position["count"])
-        in_flight = drawn[first:] if position["indices"] is None else position["indices"]
-        self.remaining = chain(in_flight, indices)
+        self.remaining = chain(position["indices"] or drawn[first:], indices)
         self.drawn = DrawnIndices(first, position["checksum"])
-        same = checksum_of(drawn) == position["end"]
-        return "" if same else f"{type(self.sampler).__name__} {NOT_REPEATABLE}"
+        return "" if checksum_of(drawn) == position["end"] else not_repeatable(self.sampler)
 
 # %% ../../nbs/training/44_recording.ipynb #recording-037
 class StatefulCollate:
