@@ -154,7 +154,7 @@ def loader_state(loader: Any) -> Any:
 
 # %% ../../nbs/training/45_loader.ipynb #loader-028
 class LoaderIterator:
-    """One pass over a loader, which knows how to resume it after each of the last batches.
+    """One pass over a loader, with notes from which it can be resumed after its last batches.
 
     Parameters
     ----------
@@ -219,7 +219,7 @@ def position_of(iterator: LoaderIterator, done: int) -> dict[str, Any]:
 
 # %% ../../nbs/training/45_loader.ipynb #loader-034
 def knows_the_way(source: InstrumentedLoader, position: dict[str, Any]) -> bool:
-    """Return whether the position holds the loader's own, and the loader can use it."""
+    """Return whether the loader saved a position of its own, and can go to it."""
     return position["loader"] is not None and hasattr(source.loader, "load_state_dict")
 
 
@@ -234,7 +234,7 @@ def seek(source: InstrumentedLoader, position: dict[str, Any]) -> tuple[int, str
 
 # %% ../../nbs/training/45_loader.ipynb #loader-035
 def skip_to(iterator: LoaderIterator, done: int) -> None:
-    """Read up to batch `done`; raise a `ValueError` if the loader ends before."""
+    """Read up to batch `done`; raise a `ValueError` if the loader ends earlier."""
     while iterator.number < done and not iterator.is_over:
         next(iterator, None)
     if iterator.number < done:
@@ -286,6 +286,7 @@ def begin_epoch(
     running = last.source if last and last.is_over and last.source.is_running else None
     source = running or instrument(loader, max_ahead, unpickled(carried))
     began = random_state(*owners)
+    # New workers cost a seed. Had the old ones lived on, none would have been drawn.
     undo_seed = bool(carried) and running is None
     if undo_seed and source.sampler is not None:
         source.sampler.next_random = began
@@ -338,9 +339,9 @@ class ResumableLoader:
         return self.iterator
 
     def state(self, done: int | None = None) -> dict[str, Any]:
-        """Return how to continue after `done` batches, or by default how to begin the next epoch.
+        """Return the position after `done` batches, for `resume`; between two epochs, omit `done`.
 
-        It is made of plain values, and goes to `resume` and to `load`.
+        `load` takes what was returned between two epochs. Both are plain values.
         """
         if done is None:
             return {"workers": unpickled(carried_over(self.iterator, self.loaded))}
