@@ -1,11 +1,11 @@
-"""What it costs to be able to go on exactly: the trainer with and without a `Feed`.
+"""What exact resuming costs: the trainer with and without a `ResumableLoader`.
 
     python benchmarks/exactness.py [--rounds 7]
 
 The smallest model of `loop.py`, for 2000 steps. *reading* compares the loader alone, read through a
-`Feed` and read as it is: the median difference for a batch, as a share of a training step. *run*
-compares whole runs with a `Feed` and with one that keeps no books, and *control* is the latter with
-itself: what is noise. Rounds are interleaved.
+`ResumableLoader` and read as it is: the median difference per batch, as a share of a training step.
+*run* compares whole runs with a `ResumableLoader` and with one that records nothing, and *control*
+is the latter with itself: what is noise. Rounds are interleaved.
 """
 
 import argparse
@@ -18,24 +18,24 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ununennium import Trainer, TrainerConfig
-from ununennium.training.feed import Feed
+from ununennium.training.loader import ResumableLoader
 
 BATCHES, SIZE = 2000, 32
 
 
-class NoBooks(Feed):
-    """Reads a loader and remembers nothing."""
+class NoRecord(ResumableLoader):
+    """Read a loader and record nothing."""
 
     def __iter__(self):
         return iter(self.loader)
 
 
 class Without(Trainer):
-    """A trainer that could not go on in another process."""
+    """A trainer that could not resume in another process."""
 
     def _feed(self, name):
         loader = self.train_loader if name == "train" else self.val_loader
-        return self._feeds.setdefault(name, NoBooks(loader))
+        return self._feeds.setdefault(name, NoRecord(loader))
 
 
 def loaders():
@@ -64,9 +64,9 @@ def train(kind, loader):
 
 def read(kind, loader):
     """Return the seconds that it takes to read all batches."""
-    feed = kind(loader)
+    batches = kind(loader)
     start = time.perf_counter()
-    for _ in feed:
+    for _ in batches:
         pass
     return time.perf_counter() - start
 
@@ -81,7 +81,7 @@ def main() -> None:
     for name, loader in loaders().items():
         more, ratio, control, steps = [], [], [], []
         for _ in range(rounds):
-            more.append(read(Feed, loader) - read(NoBooks, loader))
+            more.append(read(ResumableLoader, loader) - read(NoRecord, loader))
             before, seconds, after = (train(kind, loader) for kind in (Without, Trainer, Without))
             ratio.append(2 * seconds / (before + after))
             control.append(after / before)

@@ -383,7 +383,7 @@ def test_scores_that_come_later_have_nan_before():
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("stops", [False, True])
 def test_workers_end_at_once_when_a_trainer_is_dropped(monkeypatch, stops, persistent):
-    """A worker that was not told to end looks after five seconds; here it is killed before."""
+    """A worker that misses the message is killed after PyTorch has waited for it."""
 
     class Look(Callback):
         def on_batch_end(self, trainer, batch, logs):
@@ -408,28 +408,6 @@ def test_workers_end_at_once_when_a_trainer_is_dropped(monkeypatch, stops, persi
     del trainer, loader
     gc.collect()
     assert len(workers) >= 2 and not killed
-
-
-def test_a_worker_leaves_alone_what_a_dropped_trainer_left_behind(capfd):
-    samples = [(image[0], mask[0]) for image, mask in make_batches(4)]
-    loader = DataLoader(samples, num_workers=2)
-    trainer = make_trainer(loader, callbacks=[Stop("on_batch_end")])
-    trainer.fit(1)
-
-    def work():
-        sys.unraisablehook = sys.__unraisablehook__  # pytest has its own
-        gc.collect()
-
-    gc.disable()
-    try:
-        del trainer
-        worker = multiprocessing.get_context("fork").Process(target=work)
-        worker.start()
-        worker.join()
-    finally:
-        gc.enable()
-    assert worker.exitcode == 0
-    assert capfd.readouterr().err == ""  # PyTorch says "can only test a child process"
 
 
 def test_a_fit_within_a_fit_is_refused():

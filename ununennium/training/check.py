@@ -25,7 +25,7 @@ from ununennium.training.batches import (
     start,
 )
 from .callbacks import Monitor
-from .feed import owners_of
+from .loader import owners_of
 from .messages import format_bytes
 from .rng import random_state, set_random_state
 from .step import check_gradient, gradient_norm

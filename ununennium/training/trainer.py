@@ -62,14 +62,11 @@ from ununennium.training.checkpoint import (
     unwrap,
 )
 from .dashboard import Dashboard, progress_display
-from .feed import Feed, owners_of
-from .finite import finite_checks
+from .loader import ResumableLoader, owners_of
 from .messages import warn
-from .precision import Precision, resolve_device
 from .rng import random_state, set_random_state
-from .skips import SkippedSteps
 from .state import Progress
-from .step import Stepper
+from .step import OptimizerStep, Precision, SkipLog, probes, resolve_device
 
 # %% auto #0
 __all__ = ['EMPTY_HINT', 'FORMAT', 'FIELDS', 'whole_number', 'TrainerConfig', 'modes_restored', 'TrainingModes',
@@ -313,9 +310,9 @@ class Schedule:
         by_step = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
         return "step" if any(isinstance(part, by_step) for part in parts) else "epoch"
 
-    def after_step(self, stepped: bool | Tensor) -> None:
+    def after_step(self, taken: bool | Tensor) -> None:
         """Move after an optimizer step, if it was taken."""
-        if self.pace == "step" and stepped:
+        if self.pace == "step" and taken:
             self.scheduler.step()
 
     def after_epoch(self, scores: Mapping[str, float], steps: int) -> None:
@@ -589,7 +586,7 @@ class Evaluator:
             target = widen(target, output, self.facts)
             batch.losses = named_losses(self.loss_fn(output, target), self.facts.name)
         if self.model.training:  # a validation loss is reported as it is
-            batch.checks = finite_checks(inputs, target, output, batch.losses["loss"])
+            batch.probes = probes(inputs, target, output, batch.losses["loss"])
         return output, target
 
     def _predict(self, inputs: Any) -> Any:
@@ -685,7 +682,7 @@ class OpenEpoch:
     windows
         What is left to read; None if it comes from a file and nothing was read since.
     place
-        Where in the loader to go on then; see `Feed.state`.
+        Where in the loader to go on then; see `ResumableLoader.state`.
     """
 
     windows: Windows | None = None
@@ -702,7 +699,7 @@ class OpenEpoch:
         self.empty += sum(batch.is_empty for batch in self.window)
         self.window = []
 
-    def put_down(self, feed: Feed) -> None:
+    def put_down(self, feed: ResumableLoader) -> None:
         """Go on as from a file if the loader has raised: its iterator may lack a batch now."""
         if self.windows and self.windows.raised and not isinstance(feed.loader, Iterator):
             self.place = feed.state(self.batches)
@@ -723,14 +720,14 @@ class OpenEpoch:
                 "learned."
             )
 
-    def add_losses(self, window: list[MicroBatch], stepped: bool | Tensor) -> None:
+    def add_losses(self, window: list[MicroBatch], taken: bool | Tensor) -> None:
         """Add the losses of a window to the epoch's means if its step was taken."""
         for batch in window:
             for name, value in batch.losses.items():
                 mean = self.means.setdefault(name, WeightedMean())
-                mean.update(value, batch.weight, stepped)
+                mean.update(value, batch.weight, taken)
 
-    def state_dict(self, feed: Feed) -> dict[str, Any]:
+    def state_dict(self, feed: ResumableLoader) -> dict[str, Any]:
         """Return what a file keeps of it."""
         return {
             "batches": self.batches,
@@ -860,25 +857,25 @@ class Run(Evaluator):
         self.goal = self.config.epochs  # what the running fit works up to
         self._state = Progress()
         self._modes = TrainingModes(self.model)
-        self._skips = SkippedSteps(self.config.max_skipped_steps)
+        self._skips = SkipLog(self.config.max_skipped_steps)
         self._built = group_settings(optimizer)
         self._waited = 0.0  # in the epochs that are closed
         self._is_running = False
         self._open: OpenEpoch | None = None
         self._random: dict[str, Any] | None = None  # put in place when fit goes on
-        self._feeds: dict[str, Feed] = {}
+        self._feeds: dict[str, ResumableLoader] = {}
 
     def __repr__(self) -> str:
         model, epochs = type(unwrap(self.model)).__name__, self.config.epochs
         where = f"epoch {self.epoch}/{epochs}, step {self.global_step}"
         return f"{type(self).__name__}({model} on {self.device}, {where})"
 
-    def _feed(self, name: str) -> Feed:
+    def _feed(self, name: str) -> ResumableLoader:
         """Return what reads the `train` or the `val` loader."""
         loader = self.train_loader if name == "train" else self.val_loader
         if name not in self._feeds or self._feeds[name].loader is not loader:
             window = self.config.accumulation_steps if name == "train" else 0
-            self._feeds[name] = Feed(loader, window)
+            self._feeds[name] = ResumableLoader(loader, window)
         return self._feeds[name]
 
     @property
@@ -1247,7 +1244,7 @@ class Session(SavedRun):
         self.goal = goal
         self._state.stop_reason = None
         self._tell = Hooks(self.callbacks, self).tell
-        self._stepper = Stepper(
+        self._stepper = OptimizerStep(
             self.model, self.optimizer, self.precision, self.config.gradient_clip
         )
         self._stepper.clear()
@@ -1314,7 +1311,7 @@ class Session(SavedRun):
         if self._open and self._open.window:
             self._stepper.abandon()
             for batch in self._open.window:
-                batch.losses, batch.checks = {}, {}  # and their graphs
+                batch.losses, batch.probes = {}, {}  # and their graphs
 
     def _enter_epoch(self) -> OpenEpoch:
         """Go on with the open epoch, or begin one: the sampler's epoch, the loader, the counts."""
@@ -1331,7 +1328,7 @@ class Session(SavedRun):
             self._tell("on_epoch_start", self.epoch)
             reading, epoch = feed, OpenEpoch()
         else:  # from a file, or after an error of the loader
-            reading = feed.go_on(epoch.place)
+            reading = feed.resume(epoch.place)
             if epoch.is_broken:
                 warn(
                     f"train_loader raised an error when it read batch {epoch.batches} of epoch "
@@ -1465,11 +1462,15 @@ class Trainer(Session):
         """Close the window with an optimizer step; return the gradient's norm before clipping."""
         epoch = self._open
         assert epoch is not None
-        step = self._stepper.step(epoch.window)
+        window = [batch for batch in epoch.window if not batch.is_empty]
+        if not window:  # there is nothing to learn from
+            epoch.close_window()
+            return {}
+        norm, taken = self._stepper.update()
         epoch.close_window()
-        if step.used:
-            epoch.add_losses(step.used, step.stepped)
-            self._state.global_step += step.stepped if isinstance(step.stepped, bool) else 1
-            self.schedule.after_step(step.stepped)
-            self._skips.note(step, self._state.global_step, self.epoch)
-        return step.logs
+        epoch.add_losses(window, taken)
+        self._state.global_step += taken if isinstance(taken, bool) else 1
+        self.schedule.after_step(taken)
+        self._skips.trail.add(self._state.global_step, window[-1].losses["loss"], norm)
+        self._skips.see(window, taken, self.epoch)
+        return {"grad_norm": norm}
