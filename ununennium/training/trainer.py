@@ -12,6 +12,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
@@ -927,6 +928,14 @@ class Run(Evaluator):
         """Ask the run to stop after the running step. The first reason is kept."""
         self._state.stop_reason = self.stop_reason or str(reason)
 
+    def request_pause(self) -> None:
+        """Ask the run to hold after the running step, until `end_pause` or a stop request."""
+        self._state.pause_requested = True
+
+    def end_pause(self) -> None:
+        """Let a held run continue."""
+        self._state.pause_requested = False
+
     def check(self) -> Problems:
         """Take one batch there and back, print what was seen, and change nothing.
 
@@ -1242,7 +1251,7 @@ class Session(SavedRun):
                     f"of {goal - self.epoch} epochs. Pass a DataLoader or a list."
                 )
         self.goal = goal
-        self._state.stop_reason = None
+        self._state.clear_requests()
         self._tell = Hooks(self.callbacks, self).tell
         self._stepper = OptimizerStep(
             self.model, self.optimizer, self.precision, self.config.gradient_clip
@@ -1254,8 +1263,11 @@ class Session(SavedRun):
         def note_interrupt() -> None:
             interrupted.append(True)
             self.request_stop("interrupted")
-            if self.config.progress != "none" and not (self.dashboard and self.dashboard.view):
-                print("Stopping after this step. Interrupt again to stop at once.", flush=True)
+            text = "Stopping after this step. Interrupt again to stop at once."
+            if self.dashboard and self.dashboard.live:
+                self.dashboard.announce(text)
+            elif self.config.progress != "none":
+                print(text, flush=True)
 
         def note_request() -> None:
             self.request_stop("asked to terminate")
@@ -1304,6 +1316,9 @@ class Session(SavedRun):
     def _asked_to_stop(self, phase: str) -> bool:
         """Say whether to stop, after everybody had a chance to ask for it, or to hold the run."""
         self._tell("on_safepoint", phase)
+        while self._state.pause_requested and not self.should_stop:
+            time.sleep(0.05)
+            self._tell("on_safepoint", "paused")
         return self.should_stop
 
     def _abandon_window(self) -> None:

@@ -2,10 +2,11 @@
 
 import time
 
-import kernels
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
+
+import kernels
 
 BUTTON = """
 import ipykernel, ipywidgets

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("6.17.1", "6.31.0", "7.0.0", "7.3.0", "7.4.0")
 FORGETFUL = ("7.0.0", "7.3.0")  # ipykernel issue 1554, see nbs/notebook/10_kernel.ipynb
 
