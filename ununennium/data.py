@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 # %% auto #0
-__all__ = ['BANDS', 'SPECTRA', 'CLOUD', 'NODATA', 'smooth_noise', 'landscape', 'acquire', 'swath_edge', 'SyntheticScenes',
-           'true_colour']
+__all__ = ['SyntheticScenes', 'true_colour']
 
 # %% ../nbs/30_data.ipynb #data-005
 BANDS = ("blue", "green", "red", "nir", "swir16", "swir22")
@@ -28,7 +27,7 @@ SPECTRA = {
 CLOUD = (0.62, 0.63, 0.65, 0.68, 0.55, 0.45)
 NODATA = 255
 
-# %% ../nbs/30_data.ipynb #data-007
+# %% ../nbs/30_data.ipynb #data-009
 def smooth_noise(channels: int, size: int, cells: int, generator: torch.Generator) -> Tensor:
     """Return random fields `(channels, size, size)` with about `cells` bumps along a side."""
     coarse = torch.randn(1, channels, cells + 2, cells + 2, generator=generator)
@@ -36,7 +35,7 @@ def smooth_noise(channels: int, size: int, cells: int, generator: torch.Generato
     start = (fine.shape[-1] - size) // 2
     return fine[0, :, start : start + size, start : start + size]
 
-
+# %% ../nbs/30_data.ipynb #data-012
 def landscape(size: int, generator: torch.Generator) -> Tensor:
     """Return class numbers `(size, size)`, int64."""
     fields = smooth_noise(len(SPECTRA) - 1, size, 4, generator) + 0.4 * smooth_noise(
@@ -47,11 +46,28 @@ def landscape(size: int, generator: torch.Generator) -> Tensor:
     towns = smooth_noise(1, size, 8, generator)[0]
     return mask.masked_fill(towns > towns.flatten().quantile(0.985), len(SPECTRA) - 1)
 
-# %% ../nbs/30_data.ipynb #data-010
+# %% ../nbs/30_data.ipynb #data-015
+def reflectance(mask: Tensor, season: float, generator: torch.Generator) -> Tensor:
+    """Return the image `(6, H, W)` of a cloudless landscape `(H, W)`; `season` is about 1."""
+    spectra = torch.tensor(list(SPECTRA.values()))
+    spectra[1:3, 3] *= season
+    image = spectra[mask].movedim(-1, 0)
+    image = image * (1 + 0.15 * smooth_noise(1, mask.shape[-1], 6, generator))
+    return image + 0.015 * torch.randn(image.shape, generator=generator)
+
+# %% ../nbs/30_data.ipynb #data-018
+def cloud_opacity(size: int, cloud_cover: float, generator: torch.Generator) -> Tensor:
+    """Return the opacity `(size, size)`, 0..1, of clouds over a share of the scene."""
+    field = smooth_noise(1, size, 5, generator)[0] + 0.3 * smooth_noise(1, size, 16, generator)[0]
+    if cloud_cover <= 0:
+        return torch.zeros_like(field)
+    return torch.sigmoid(8 * (field - field.flatten().quantile(1 - cloud_cover)))
+
+# %% ../nbs/30_data.ipynb #data-021
 def acquire(
     mask: Tensor, cloud_cover: float, season: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Look at a landscape once.
+    """Image a landscape once.
 
     Parameters
     ----------
@@ -69,24 +85,28 @@ def acquire(
     hidden
         Which pixels are under a cloud, boolean `(H, W)`.
     """
-    size = mask.shape[-1]
-    spectra = torch.tensor(list(SPECTRA.values()))
-    spectra[1:3, 3] *= season
-    image = spectra[mask].movedim(-1, 0)
-    image = image * (1 + 0.15 * smooth_noise(1, size, 6, generator))
-    image = image + 0.015 * torch.randn(image.shape, generator=generator)
-    field = smooth_noise(1, size, 5, generator)[0] + 0.3 * smooth_noise(1, size, 16, generator)[0]
-    if cloud_cover > 0:
-        opacity = torch.sigmoid(8 * (field - field.flatten().quantile(1 - cloud_cover)))
-        shadow = opacity.roll((size // 10, size // 14), (0, 1))
-        image = image * (1 - 0.6 * shadow * (1 - opacity))
-        image = image * (1 - opacity) + opacity * torch.tensor(CLOUD)[:, None, None]
-        return image.clamp(0.001, 1), opacity > 0.5
-    return image.clamp(0.001, 1), torch.zeros_like(mask, dtype=torch.bool)
+    size, image = mask.shape[-1], reflectance(mask, season, generator)
+    opacity = cloud_opacity(size, cloud_cover, generator)
+    shadow = opacity.roll((size // 10, size // 14), (0, 1))
+    image = image * (1 - 0.6 * shadow * (1 - opacity))
+    image = image * (1 - opacity) + opacity * torch.tensor(CLOUD)[:, None, None]
+    return image.clamp(0.001, 1), opacity > 0.5
 
+# %% ../nbs/30_data.ipynb #data-024
+def acquire_series(
+    mask: Tensor, dates: int, cloud_cover: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return images `(T, 6, H, W)` and hidden pixels `(T, H, W)` of a number of dates."""
+    acquired = []
+    for date in range(dates):
+        cover = 2 * cloud_cover * float(torch.rand((), generator=generator))
+        acquired.append(acquire(mask, cover, 1 - 0.3 * date / max(1, dates - 1), generator))
+    images, hidden = zip(*acquired, strict=True)
+    return torch.stack(images), torch.stack(hidden)
 
+# %% ../nbs/30_data.ipynb #data-027
 def swath_edge(size: int, generator: torch.Generator) -> Tensor:
-    """Return which pixels `(size, size)` lie outside of the swath: one side of a slanted line."""
+    """Return which pixels `(size, size)` lie outside the swath: one side of a slanted line."""
     angle = float(torch.rand((), generator=generator)) * 6.283
     rows, columns = torch.meshgrid(
         torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij"
@@ -94,9 +114,35 @@ def swath_edge(size: int, generator: torch.Generator) -> Tensor:
     distance = rows * torch.tensor(angle).sin() + columns * torch.tensor(angle).cos()
     return distance > float(torch.rand((), generator=generator)) * 1.6 - 0.8
 
-# %% ../nbs/30_data.ipynb #data-016
+# %% ../nbs/30_data.ipynb #data-030
+def render(
+    size: int, dates: int | None, cloud_cover: float, nodata: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return an image and its mask `(H, W)`; `nodata` is the chance of an edge.
+
+    The image is `(T, 6, H, W)`, or `(6, H, W)` if `dates` is None.
+    """
+    mask = landscape(size, generator)
+    images, hidden = acquire_series(mask, dates or 1, cloud_cover, generator)
+    outside = torch.zeros_like(mask, dtype=torch.bool)
+    if float(torch.rand((), generator=generator)) < nodata:
+        outside = swath_edge(size, generator)
+    images = images.masked_fill(outside, 0.0)
+    mask = mask.masked_fill(outside | hidden.all(0), NODATA)
+    return images if dates else images[0], mask
+
+# %% ../nbs/30_data.ipynb #data-033
+def check_size(length: int, size: int) -> None:
+    """Raise a `ValueError` unless there is a scene, of at least 16 pixels along a side."""
+    if length < 1 or size < 16:
+        raise ValueError(
+            f"SyntheticScenes(length={length}, size={size}) is too small. Pass a length of at "
+            "least 1 and a size of at least 16."
+        )
+
+# %% ../nbs/30_data.ipynb #data-036
 class SyntheticScenes(Dataset):
-    """Labelled scenes, made on demand: sample *i* of a seed is always the same.
+    """Labelled scenes, generated on demand: sample *i* of a seed is always the same.
 
     Parameters
     ----------
@@ -105,18 +151,16 @@ class SyntheticScenes(Dataset):
     size
         Pixels along a side.
     time_steps
-        Dates of a scene; None for a single one without a time dimension.
+        Dates per scene; None for a single image without a time dimension.
     cloud_cover
-        Share under clouds in the mean; it varies between scenes and dates.
+        Mean share of a scene under clouds; it varies between scenes and dates.
     nodata
         Share of the scenes that lie on the edge of a swath.
     seed
-        Decides everything.
+        Determines all scenes.
     """
 
-    class_names = tuple(SPECTRA)
-    band_names = BANDS
-    ignore_index = NODATA
+    class_names, band_names, ignore_index = tuple(SPECTRA), BANDS, NODATA
 
     def __init__(
         self,
@@ -128,11 +172,7 @@ class SyntheticScenes(Dataset):
         nodata: float = 0.3,
         seed: int = 0,
     ) -> None:
-        if length < 1 or size < 16:
-            raise ValueError(
-                f"SyntheticScenes(length={length}, size={size}) needs a scene of at least 16 "
-                "pixels."
-            )
+        check_size(length, size)
         self.length, self.size, self.time_steps = length, size, time_steps
         self.cloud_cover, self.nodata, self.seed = cloud_cover, nodata, seed
 
@@ -140,37 +180,27 @@ class SyntheticScenes(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a dictionary with the scene.
-
-        `image` is `(6, H, W)` or `(T, 6, H, W)`, float32; `mask` is `(H, W)`, int64.
-        """
+        """Return `image` `(6, H, W)` or `(T, 6, H, W)`, float32; `mask` `(H, W)`, int64; `name`."""
         if not 0 <= index < self.length:
-            raise IndexError(f"scene {index} of {self.length}")
+            raise IndexError(f"There is no scene {index}: the data set has {self.length}.")
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        mask = landscape(self.size, generator)
-        looks = []
-        for step in range(self.time_steps or 1):
-            cover = 2 * self.cloud_cover * float(torch.rand((), generator=generator))
-            season = 1 - 0.3 * step / max(1, (self.time_steps or 1) - 1)
-            looks.append(acquire(mask, cover, season, generator))
-        images, hidden = (torch.stack(part) for part in zip(*looks, strict=True))
-        outside = torch.zeros_like(mask, dtype=torch.bool)
-        if float(torch.rand((), generator=generator)) < self.nodata:
-            outside = swath_edge(self.size, generator)
-        images = images.masked_fill(outside, 0.0)
-        mask = mask.masked_fill(outside | hidden.all(0), NODATA)
-        image = images if self.time_steps else images[0]
+        image, mask = render(self.size, self.time_steps, self.cloud_cover, self.nodata, generator)
         return {"image": image, "mask": mask, "name": f"scene-{self.seed}-{index:04d}"}
 
-# %% ../nbs/30_data.ipynb #data-015
+# %% ../nbs/30_data.ipynb #data-041
+def stretch_limits(values: Tensor) -> tuple[float, float]:
+    """Return the values to show as black and as white."""
+    low, middle, high = (float(values.quantile(q)) for q in (0.02, 0.5, 0.98))
+    return low, min(high, 3 * middle) if low < middle else high
+
+# %% ../nbs/30_data.ipynb #data-044
 def true_colour(image: Tensor, rgb: tuple[int, int, int] = (2, 1, 0)) -> Tensor:
     """Return an image `(C, H, W)` as `(H, W, 3)` in 0..1, for display.
 
     Parameters
     ----------
     image
-        Any scale; zeros in all bands and values that are not finite are taken as nodata, and shown
-        grey.
+        Any scale. Pixels that are zero in all shown bands or not finite are nodata, drawn grey.
     rgb
         The bands shown as red, green and blue; an image with fewer shows its first band in grey.
     """
@@ -180,7 +210,6 @@ def true_colour(image: Tensor, rgb: tuple[int, int, int] = (2, 1, 0)) -> Tensor:
     valid = colours.isfinite().all(-1) & (colours != 0).any(-1)
     if not valid.any():
         return torch.full_like(colours, 0.5)
-    low, middle, high = (float(colours[valid].quantile(q)) for q in (0.02, 0.5, 0.98))
-    high = min(high, 3 * middle) if low < middle else high
+    low, high = stretch_limits(colours[valid])
     stretched = ((colours - low) / max(high - low, 1e-6)).clamp(0, 1)
     return stretched.where(valid[..., None], torch.tensor(0.5))

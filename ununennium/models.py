@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['double_conv', 'UNet']
+__all__ = ['UNet']
 
-# %% ../nbs/40_models.ipynb #models-004
+# %% ../nbs/40_models.ipynb #models-005
 def double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
-    """Return two 3 × 3 convolutions with batch norm and ReLU; height and width stay."""
+    """Return two 3 × 3 convolutions with batch norm and ReLU; they keep height and width."""
     layers: list[nn.Module] = []
     for channels in (channels_in, channels_out):
         layers += [
@@ -24,7 +24,13 @@ def double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
         ]
     return nn.Sequential(*layers)
 
-# %% ../nbs/40_models.ipynb #models-007
+# %% ../nbs/40_models.ipynb #models-008
+def join(deep: Tensor, skip: Tensor) -> Tensor:
+    """Enlarge deep features to the size of the skip connection and stack the two by channel."""
+    deep = F.interpolate(deep, size=skip.shape[-2:], mode="nearest")
+    return torch.cat([deep, skip], dim=1)
+
+# %% ../nbs/40_models.ipynb #models-011
 class UNet(nn.Module):
     """A U-Net for semantic segmentation.
 
@@ -45,7 +51,7 @@ class UNet(nn.Module):
         if min(in_channels, num_classes, width, depth) < 1:
             raise ValueError(
                 f"UNet(in_channels={in_channels}, num_classes={num_classes}, width={width}, "
-                f"depth={depth}) needs at least 1 of each."
+                f"depth={depth}) has an argument below 1. Pass at least 1 for each."
             )
         widths = [width * 2**level for level in range(depth)]
         below = [in_channels, *widths[:-1]]
@@ -64,7 +70,5 @@ class UNet(nn.Module):
             skips.append(image)
         image = skips.pop()
         for block in self.decoder:
-            skip = skips.pop()
-            image = F.interpolate(image, size=skip.shape[-2:], mode="nearest")
-            image = block(torch.cat([image, skip], dim=1))
+            image = block(join(image, skips.pop()))
         return self.head(image)

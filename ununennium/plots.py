@@ -5,18 +5,22 @@
 # %% ../nbs/35_plots.ipynb #plots-003
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .data import true_colour
 
-# %% auto #0
-__all__ = ['PALETTE', 'GREY', 'plot_history', 'plot_chips']
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# %% ../nbs/35_plots.ipynb #plots-004
+# %% auto #0
+__all__ = ['plot_history', 'plot_chips']
+
+# %% ../nbs/35_plots.ipynb #plots-005
 PALETTE = (
     "#2c7bb6", "#1b7837", "#a6d96a", "#b8864b", "#d7191c",
     "#7b3294", "#fdae61", "#35978f", "#c994c7", "#4d4d4d",
@@ -24,21 +28,22 @@ PALETTE = (
 GREY = "#9a9a9a"
 
 
-def plot_history(history: Mapping[str, Sequence[float]]) -> Any:
-    """Draw loss, IoU and learning rate by epoch.
+def class_colour(number: int) -> str:
+    """Return the colour of a class, as matplotlib reads it."""
+    return PALETTE[number % len(PALETTE)]
 
-    Parameters
-    ----------
-    history
-        What `fit` returned.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Panels only for what the history has.
-    """
+# %% ../nbs/35_plots.ipynb #plots-008
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Return a figure of a size in inches, and its axes as an array of rows."""
     import matplotlib.pyplot as plt
 
+    figure = plt.figure(figsize=size, layout="constrained")
+    plt.close(figure)  # else a notebook shows it twice
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+# %% ../nbs/35_plots.ipynb #plots-011
+def history_panels(history: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
+    """Return the names of the scores to draw, by the title of their panel."""
     classes = [name for name in history if name.startswith("val_IoU/")]
     drawn = ("val_loss", "val_IoU", "val_IoU_classes", *classes)
     panels = {
@@ -47,35 +52,146 @@ def plot_history(history: Mapping[str, Sequence[float]]) -> Any:
         "scores": [name for name in history if name.startswith("val_") and name not in drawn],
         "learning rate": ["lr"] if len(set(history.get("lr", ()))) > 1 else [],
     }
-    panels = {title: names for title, names in panels.items() if names}
-    figure = plt.figure(figsize=(4.2 * max(1, len(panels)), 2.9), layout="constrained")
-    plt.close(figure)  # else a notebook shows it twice
-    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
-    for axis, (title, names) in zip(axes, panels.items(), strict=False):
-        for name in names:
-            label, colour, width = name, None, 1.8
-            if title == "IoU":
-                label, colour, width = "mean", "black", 2.2
-            if name in classes:
-                number = classes.index(name)
-                label, colour, width = name.split("/", 1)[1], PALETTE[number % len(PALETTE)], 1.4
-            epochs = range(1, len(history[name]) + 1)
-            axis.plot(epochs, history[name], label=label, color=colour, lw=width, marker=".")
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("epoch", fontsize=9)
-        lowest = min((value for name in names for value in history[name]), default=0.0)
-        if title == "IoU":
-            axis.set_ylim(-0.03, 1.03)
-        elif not lowest < 0:
-            axis.set_ylim(bottom=0)
-        axis.tick_params(labelsize=8)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.25)
-        if len(names) > 1:
-            axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return {title: names for title, names in panels.items() if names}
+
+# %% ../nbs/35_plots.ipynb #plots-014
+def line_styles(title: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield label, colour and width of each curve of a panel, as `Axes.plot` takes them."""
+    number = 0
+    for name in names:
+        if title != "IoU":
+            yield {"label": name, "color": None, "lw": 1.8}
+        elif name == "val_IoU":
+            yield {"label": "mean", "color": "black", "lw": 2.2}
+        else:
+            yield {"label": name.split("/", 1)[1], "color": class_colour(number), "lw": 1.4}
+            number += 1
+
+# %% ../nbs/35_plots.ipynb #plots-017
+def draw_panel(
+    axis: Axes, title: str, names: Sequence[str], history: Mapping[str, Sequence[float]]
+) -> None:
+    """Draw the curves of a panel by epoch."""
+    for name, style in zip(names, line_styles(title, names), strict=True):
+        axis.plot(range(1, len(history[name]) + 1), history[name], marker=".", **style)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("epoch", fontsize=9)
+    lowest = min((value for name in names for value in history[name]), default=0.0)
+    if title == "IoU":
+        axis.set_ylim(-0.03, 1.03)
+    elif not lowest < 0:
+        axis.set_ylim(bottom=0)
+    axis.tick_params(labelsize=8)
+    axis.locator_params("x", integer=True)
+    axis.grid(alpha=0.25)
+    if len(names) > 1:
+        axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+# %% ../nbs/35_plots.ipynb #plots-020
+def plot_history(history: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw loss, IoU, other scores and learning rate by epoch.
+
+    Parameters
+    ----------
+        history
+        What `fit` returned. Scores that it lacks get no panel.
+    """
+    panels = history_panels(history)
+    columns = max(1, len(panels))
+    figure, axes = new_figure(1, columns, size=(4.2 * columns, 2.9))
+    for axis, (title, names) in zip(axes[0], panels.items(), strict=False):
+        draw_panel(axis, title, names, history)
     return figure
 
-# %% ../nbs/35_plots.ipynb #plots-013
+# %% ../nbs/35_plots.ipynb #plots-024
+def read_chips(images: Any, masks: Any, predicted: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return images `(N, C, H, W)` and two maps `(N, H, W)` as host tensors."""
+    images = torch.as_tensor(images).cpu()
+    masks, predicted = (torch.as_tensor(maps).cpu().long() for maps in (masks, predicted))
+    masks, predicted = (maps.squeeze(1) if maps.ndim == 4 else maps for maps in (masks, predicted))
+    if images.ndim != 4 or masks.shape != predicted.shape or masks.shape != images[:, 0].shape:
+        raise ValueError(
+            "plot_chips draws images (N, C, H, W) with maps (N, H, W), but got "
+            f"{tuple(images.shape)}, {tuple(masks.shape)} and {tuple(predicted.shape)}. For a "
+            "single scene, add a dimension: image[None]."
+        )
+    return images, masks, predicted
+
+# %% ../nbs/35_plots.ipynb #plots-027
+def legend_names(
+    masks: Tensor, predicted: Tensor, class_names: Sequence[str] | None, ignore_index: int | None
+) -> Sequence[str]:
+    """Return a name for each class: the given ones, or else as many numbers as the maps need."""
+    counted = masks if ignore_index is None else torch.where(masks == ignore_index, 0, masks)
+    largest = int(counted.max())
+    count = len(class_names or ()) or max(largest, int(predicted.max())) + 1
+    if largest >= max(count, 1) or count > 100:
+        raise ValueError(
+            f"A mask has the label {largest}. If it means no data, pass ignore_index={largest}; "
+            "otherwise name all classes in class_names."
+        )
+    return class_names or [str(number) for number in range(count)]
+
+# %% ../nbs/35_plots.ipynb #plots-030
+def rgb_of(*colours: str) -> Tensor:
+    """Return colours as numbers `(N, 3)` in 0..1."""
+    from matplotlib.colors import to_rgb
+
+    return torch.tensor([to_rgb(colour) for colour in colours])
+
+
+def paint(numbers: Tensor, valid: Tensor, colours: Tensor) -> Tensor:
+    """Return the picture `(H, W, 3)` of a map `(H, W)`, grey where it is not valid."""
+    chosen = colours[(numbers * valid).clamp(0, len(colours) - 1)]
+    return chosen.where(valid[..., None], rgb_of(GREY)[0])
+
+# %% ../nbs/35_plots.ipynb #plots-033
+def chip_pictures(
+    image: Tensor,
+    mask: Tensor,
+    predicted: Tensor,
+    valid: Tensor,
+    num_classes: int,
+    rgb: tuple[int, int, int],
+) -> dict[str, Tensor]:
+    """Return the pictures `(H, W, 3)` of a chip by their titles."""
+    colours = rgb_of(*(class_colour(number) for number in range(num_classes)))
+    return {
+        "image": true_colour(image, rgb),
+        "truth": paint(mask, valid, colours),
+        "prediction": paint(predicted, valid, colours),
+        "error": paint(mask != predicted, valid, rgb_of("white", "black")),
+    }
+
+# %% ../nbs/35_plots.ipynb #plots-036
+def draw_row(axes: Sequence[Axes], pictures: Mapping[str, Tensor], titled: bool) -> None:
+    """Draw pictures `(H, W, 3)` side by side."""
+    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
+        axis.imshow(picture.numpy(), interpolation="nearest")
+        axis.set_axis_off()
+        if titled:
+            axis.set_title(title, fontsize=10)
+
+# %% ../nbs/35_plots.ipynb #plots-039
+def add_legend(figure: Figure, names: Sequence[str], has_nodata: bool) -> None:
+    """Name the colours of the classes below a figure."""
+    from matplotlib.patches import Patch
+
+    colours = rgb_of(*(class_colour(number) for number in range(len(names))))
+    entries = [
+        Patch(facecolor=tuple(colour), label=name)
+        for colour, name in zip(colours.tolist(), names, strict=True)
+    ]
+    entries += [Patch(facecolor=GREY, label="no data")] if has_nodata else []
+    figure.legend(
+        handles=entries,
+        loc="outside lower center",
+        ncols=min(6, len(entries)),
+        fontsize=8,
+        frameon=False,
+    )
+
+# %% ../nbs/35_plots.ipynb #plots-042
 def plot_chips(
     images: Any,
     masks: Any,
@@ -84,7 +200,7 @@ def plot_chips(
     class_names: Sequence[str] | None = None,
     ignore_index: int | None = None,
     rgb: tuple[int, int, int] = (2, 1, 0),
-) -> Any:
+) -> Figure:
     """Draw chips in rows: image, truth, prediction, error.
 
     Parameters
@@ -96,74 +212,15 @@ def plot_chips(
     class_names
         Names for the legend; class numbers if None.
     ignore_index
-        The label that counts nowhere, drawn grey.
+        The label that does not count, drawn grey.
     rgb
         The bands shown as red, green and blue.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
-
-    images = torch.as_tensor(images).cpu()
-    masks, predicted = (torch.as_tensor(maps).cpu().long() for maps in (masks, predicted))
-    masks, predicted = (maps.squeeze(1) if maps.ndim == 4 else maps for maps in (masks, predicted))
-    if images.ndim != 4 or masks.shape != predicted.shape or masks.shape != images[:, 0].shape:
-        raise ValueError(
-            "plot_chips draws images (N, C, H, W) with maps (N, H, W), but got "
-            f"{tuple(images.shape)}, {tuple(masks.shape)} and {tuple(predicted.shape)}. For a "
-            "single scene, add a dimension: image[None]."
-        )
-    largest = (
-        int(torch.where(masks == ignore_index, 0, masks).max())
-        if ignore_index is not None
-        else int(masks.max())
-    )
-    count = len(class_names) if class_names else max(largest, int(predicted.max())) + 1
-    if largest >= max(count, 1) or count > 100:
-        raise ValueError(
-            f"A mask has the label {largest}. If it means no data, pass ignore_index={largest}; "
-            "else name all classes in class_names."
-        )
-    valid = (
-        torch.ones_like(masks, dtype=torch.bool) if ignore_index is None else masks != ignore_index
-    )
-    names = class_names or [str(number) for number in range(count)]
-    colours = torch.tensor([to_rgb(PALETTE[number % len(PALETTE)]) for number in range(count)])
-    grey, black, white = (torch.tensor(to_rgb(name)) for name in (GREY, "black", "white"))
-
-    def paint(numbers: Tensor, seen: Tensor) -> Tensor:
-        return colours[(numbers * seen).clamp(0, count - 1)].where(seen[..., None], grey)
-
-    rows = len(images)
-    figure = plt.figure(figsize=(8.2, 2.05 * rows + 0.5), layout="constrained")
-    plt.close(figure)
-    axes = figure.subplots(rows, 4, squeeze=False)
-    for row, image in enumerate(images):
-        wrong = (masks[row] != predicted[row])[..., None]
-        error = torch.where(wrong, black, white).where(valid[row][..., None], grey)
-        maps = (paint(masks[row], valid[row]), paint(predicted[row], valid[row]), error)
-        pictures = (true_colour(image, rgb), *maps)
-        for axis, title, picture in zip(
-            axes[row], ("image", "truth", "prediction", "error"), pictures, strict=True
-        ):
-            axis.imshow(picture.numpy(), interpolation="nearest")
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(title, fontsize=10)
-    entries = [
-        Patch(facecolor=tuple(colour.tolist()), label=name)
-        for colour, name in zip(colours, names, strict=True)
-    ]
-    entries += [Patch(facecolor=GREY, label="no data")] if not bool(valid.all()) else []
-    figure.legend(
-        handles=entries,
-        loc="outside lower center",
-        ncols=min(6, len(entries)),
-        fontsize=8,
-        frameon=False,
-    )
+    images, masks, predicted = read_chips(images, masks, predicted)
+    names = legend_names(masks, predicted, class_names, ignore_index)
+    valid = torch.ones_like(masks).bool() if ignore_index is None else masks != ignore_index
+    figure, axes = new_figure(len(images), 4, size=(8.2, 2.05 * len(images) + 0.5))
+    for row, chip in enumerate(zip(images, masks, predicted, valid, strict=True)):
+        draw_row(axes[row], chip_pictures(*chip, len(names), rgb), titled=row == 0)
+    add_legend(figure, names, has_nodata=not bool(valid.all()))
     return figure
