@@ -5,202 +5,22 @@
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-003
 from __future__ import annotations
 
-import contextlib
-import difflib
 import math
-import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import CheckpointError, copy_file, remove_leftovers
+from .hooks import Callback, RunView
 from .messages import warn
+from .monitor import Monitor, direction_of
 
 # %% auto #0
-__all__ = ['HOOKS', 'MORE_IS_BETTER', 'LESS_IS_BETTER', 'Memory', 'DEFAULT_MODE', 'Callback', 'Hooks', 'direction_of', 'Monitor',
-           'EarlyStopping', 'Keeper', 'CheckpointCallback', 'class_label', 'epoch_line', 'TextProgress', 'BarProgress']
+__all__ = ['Memory', 'DEFAULT_MODE', 'EarlyStopping', 'Keeper', 'CheckpointCallback']
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-006
-class Callback:
-    """Base class with all hooks, each doing nothing. Any object with some of them will do."""
-
-    is_display = False  # a display that fails is switched off, and training goes on
-
-    def on_train_start(self, trainer: Any) -> None:
-        """Run once at the start of a `fit`."""
-
-    def on_epoch_start(self, trainer: Any, epoch: int) -> None:
-        """Run before the first batch of an epoch, counted from 0."""
-
-    def on_batch_start(self, trainer: Any, batch: Any) -> None:
-        """Run before a batch, which is as the loader gave it."""
-
-    def on_batch_end(self, trainer: Any, batch: Any, logs: dict[str, Any]) -> None:
-        """Run after a batch; `logs` holds detached tensors on the device."""
-
-    def on_safepoint(self, trainer: Any, phase: str) -> None:
-        """Hold or save the run: it may be stopped here. `phase` is "train" or "validate"."""
-
-    def on_scores(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        """Decide: all scores of the epoch are known."""
-
-    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        """Record: the epoch is in the history."""
-
-    def on_exception(self, trainer: Any, error: BaseException) -> None:
-        """Run when something was raised or the user interrupted."""
-
-    def on_train_end(self, trainer: Any) -> None:
-        """Run at the end of a `fit`, whatever happened before."""
-
-
-HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-009
-class Hooks:
-    """Calls the hooks of several callbacks, in their order.
-
-    Parameters
-    ----------
-    callbacks
-        Objects with some of the hooks of `Callback`.
-    trainer
-        What every hook gets first.
-    """
-
-    def __init__(self, callbacks: Iterable[Any], trainer: Any) -> None:
-        self.trainer = trainer
-        callbacks = list(callbacks)
-        self.listeners: dict[str, list[tuple[Any, Callable[..., None]]]] = {
-            hook: [(each, getattr(each, hook)) for each in callbacks if _has_hook(each, hook)]
-            for hook in HOOKS
-        }
-
-    def tell(self, hook: str, *details: Any, to_all: bool = False) -> None:
-        """Call a hook of every callback that has it; with `to_all`, also after one raised."""
-        errors: list[BaseException] = []
-        for callback, method in self.listeners[hook]:
-            try:
-                method(self.trainer, *details)
-            except BaseException as error:
-                if getattr(callback, "is_display", False) and isinstance(error, Exception):
-                    self._switch_off(callback, error)
-                elif to_all:
-                    errors.append(error)
-                else:
-                    raise
-        if errors:
-            raise errors[0]
-
-    def _switch_off(self, display: Any, error: Exception) -> None:
-        for hook, listeners in self.listeners.items():
-            self.listeners[hook] = [entry for entry in listeners if entry[0] is not display]
-        with contextlib.suppress(Exception):  # it may still be able to clean up
-            display.on_train_end(self.trainer)
-        warn(
-            f"{type(display).__name__} failed and is switched off; training goes on. "
-            f"{type(error).__name__}: {error}"
-        )
-
-
-def _has_hook(callback: Any, hook: str) -> bool:
-    method = getattr(callback, hook, None)
-    return method is not None and getattr(method, "__func__", None) is not getattr(Callback, hook)
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-012
-# Without dice and jaccard, which are losses as often as scores.
-MORE_IS_BETTER = frozenset({
-    "iou", "miou", "accuracy", "acc", "oa", "f1", "fbeta", "kappa", "auc", "auroc", "ap", "map",
-    "precision", "recall", "r2", "psnr", "ssim", "mcc",
-})  # fmt: skip
-LESS_IS_BETTER = frozenset(
-    ["loss", "error", "err", "mae", "mse", "rmse", "mape", "bias", "perplexity", "distance"]
-)
-
-
-def direction_of(name: str) -> str | None:
-    """Return `"max"` or `"min"` for a score whose name is well known, else None."""
-    words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    more, less = bool(words & MORE_IS_BETTER), bool(words & LESS_IS_BETTER)
-    return None if more == less else "max" if more else "min"
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-015
-class Monitor:
-    """Reads one score and knows which of two values is better.
-
-    Parameters
-    ----------
-    name
-        The score's key in the history.
-    mode
-        `"min"`, `"max"`, or `"auto"`: as the metric says itself, else by well-known names.
-    min_delta
-        How much better counts as better.
-    owner
-        The callback's name, for messages.
-    """
-
-    def __init__(
-        self, name: str, mode: str, min_delta: float = 0.0, owner: str = "Monitor"
-    ) -> None:
-        if mode not in ("auto", "min", "max"):
-            raise ValueError(f"{owner}(mode={mode!r}) is not known. Pass 'auto', 'min' or 'max'.")
-        if not (math.isfinite(min_delta) and min_delta >= 0):
-            raise ValueError(f"{owner}(min_delta={min_delta!r}) must be a number, zero or more.")
-        self.name, self.mode, self.min_delta, self.owner = name, mode, float(min_delta), owner
-        self._refuse_wrong_way(direction_of(name))
-
-    def _refuse_wrong_way(self, known: str | None) -> None:
-        if known and self.mode not in ("auto", known):
-            way = "larger" if known == "max" else "smaller"
-            raise ValueError(
-                f"{self.owner}(monitor={self.name!r}, mode={self.mode!r}) would keep the worst "
-                f"model: {self.name} is better when it is {way}. Pass mode={known!r}."
-            )
-
-    def check_start(self, trainer: Any) -> None:
-        """Raise before the first step if the score cannot come."""
-        if self.name.startswith("val_") and trainer.val_loader is None:
-            raise ValueError(
-                f"{self.owner} monitors {self.name!r}, but the trainer has no val_loader. Pass "
-                "val_loader, or monitor='train_loss'."
-            )
-
-    def read(self, logs: Mapping[str, float], directions: Mapping[str, str]) -> float:
-        """Return the score; settle the direction when it is read for the first time."""
-        if self.name not in logs:
-            close = difflib.get_close_matches(self.name, logs, n=1, cutoff=0.7)
-            close = [name for name in (f"val_{self.name}",) if name in logs] or close
-            hint = f"Did you mean {close[0]!r}?" if close else "Pass one of these as monitor."
-            raise ValueError(
-                f"{self.owner} monitors {self.name!r}, which is not among the scores "
-                f"{', '.join(logs)}. {hint}"
-            )
-        known = directions.get(self.name, direction_of(self.name))
-        self._refuse_wrong_way(known)
-        if self.mode == "auto":
-            if known is None:
-                raise ValueError(
-                    f"{self.owner} cannot tell whether {self.name!r} is better when larger or "
-                    "smaller. Pass mode='max' or mode='min'."
-                )
-            self.mode = known
-        return float(logs[self.name])
-
-    def is_better(self, value: float, best: float | None) -> bool:
-        """Say whether a value improves on the best so far (None if there is none)."""
-        if math.isnan(value):
-            return False
-        if best is None:
-            return True
-        return (
-            value > best + self.min_delta if self.mode == "max" else value < best - self.min_delta
-        )
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-019
 class EarlyStopping(Callback):
     """Stop when a score has not improved for a while.
 
@@ -237,7 +57,7 @@ class EarlyStopping(Callback):
         self.best_epoch: int | None = None
         self.waited = 0
 
-    def on_train_start(self, trainer: Any) -> None:
+    def on_train_start(self, trainer: RunView) -> None:
         """Forget an earlier trainer's run; after a stop of its own, wait anew."""
         self.monitor.check_start(trainer)
         if trainer.epoch == 0 and trainer.global_step == 0:
@@ -245,7 +65,7 @@ class EarlyStopping(Callback):
         elif self.waited >= self.patience:
             self.waited = 0
 
-    def on_scores(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+    def on_scores(self, trainer: RunView, epoch: int, logs: dict[str, float]) -> None:
         """Compare with the best, and ask for a stop when patience is at its end."""
         value = self.monitor.read(logs, trainer.directions)
         if self.monitor.is_better(value, self.best):
@@ -274,7 +94,7 @@ class EarlyStopping(Callback):
             state["waited"],
         )
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-023
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-010
 Memory = tuple[list[tuple[float, str]], bool]  # which files were kept, and whether last.pt is ours
 
 
@@ -317,13 +137,13 @@ class Keeper(Callback):
     def _best(self) -> tuple[float, str] | None:
         return next((entry for entry in self.kept if not math.isnan(entry[0])), None)
 
-    def _note_place(self, trainer: Any) -> None:
+    def _note_place(self, trainer: RunView) -> None:
         self.place = (trainer.epoch, trainer.global_step, trainer.batch)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
 
     def _save(
         self,
-        trainer: Any,
+        trainer: RunView,
         when: str,
         kept: list[tuple[float, str]] | None = None,
         copies: Sequence[str] = (),
@@ -418,7 +238,7 @@ class Keeper(Callback):
         self.kept = [entry for entry in kept if (self.dirpath / entry[1]).is_file()]
         self.owns_last = here and bool(state["owns_last"])
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-025
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-012
 # "min", but another object than the "min" that somebody passes: nobody chose this one.
 DEFAULT_MODE = "".join(("m", "in"))
 
@@ -477,7 +297,7 @@ class CheckpointCallback(Keeper):
         self.save_on_exception = save_on_exception
         self.ends_unsaved = True  # as long as it has not begun
 
-    def on_train_start(self, trainer: Any) -> None:
+    def on_train_start(self, trainer: RunView) -> None:
         """Make sure, before the first step, that the folder takes files and the score will come."""
         self.ends_unsaved = True
         self.monitor.check_start(trainer)
@@ -497,7 +317,7 @@ class CheckpointCallback(Keeper):
         self._note_place(trainer)
         self.ends_unsaved = False
 
-    def on_safepoint(self, trainer: Any, phase: str) -> None:
+    def on_safepoint(self, trainer: RunView, phase: str) -> None:
         """Write `last.pt` if it is time to."""
         if (
             trainer.global_step - self.saved_step >= self.every_n_steps
@@ -505,11 +325,11 @@ class CheckpointCallback(Keeper):
         ) and trainer.global_step > self.saved_step:
             self._save(trainer, f"after step {trainer.global_step}")
 
-    def on_scores(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+    def on_scores(self, trainer: RunView, epoch: int, logs: dict[str, float]) -> None:
         """Complain about an unknown score in the first epoch."""
         self.monitor.read(logs, trainer.directions)
 
-    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+    def on_epoch_end(self, trainer: RunView, epoch: int, logs: dict[str, float]) -> None:
         """Write `last.pt`, keep a copy if it is among the best, delete the one it displaced."""
         score = logs.get(self.monitor.name, math.nan)
         self._settle()
@@ -522,11 +342,11 @@ class CheckpointCallback(Keeper):
         kept = [entry for entry in kept if entry[1] not in dropped]
         self._save(trainer, f"after epoch {epoch + 1}", kept, copies, dropped)
 
-    def on_exception(self, trainer: Any, error: BaseException) -> None:
+    def on_exception(self, trainer: RunView, error: BaseException) -> None:
         """Say whether the place where it ended is to be saved."""
         self.ends_unsaved |= isinstance(error, Exception) and not self.save_on_exception
 
-    def on_train_end(self, trainer: Any) -> None:
+    def on_train_end(self, trainer: RunView) -> None:
         """Write `last.pt` if the run ended elsewhere than where it was saved last."""
         if (
             self.place != (trainer.epoch, trainer.global_step, trainer.batch)
@@ -534,109 +354,3 @@ class CheckpointCallback(Keeper):
         ):
             self._save(trainer, "of the end")
         self._settle()
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-032
-def class_label(name: str) -> str:
-    """Return what to call a class: `water`, or `class 1` if it has no name but its number."""
-    return f"class {name}" if name.isdigit() else name
-
-
-def epoch_line(trainer: Any, epoch: int, logs: Mapping[str, float]) -> str:
-    """Return the scores of an epoch in one line."""
-    parts = [f"epoch {epoch + 1}/{trainer.goal}"]
-    for name, value in logs.items():
-        if "/" in name or name in ("val_IoU_classes", "train_skipped_steps", "train_empty_batches"):
-            continue
-        parts.append(f"{name} {value:.3g}" if name == "lr" else f"{name} {value:.4f}")
-        if name == "val_IoU":
-            classes = {key[8:]: iou for key, iou in logs.items() if key.startswith("val_IoU/")}
-            averaged = {key: iou for key, iou in classes.items() if not math.isnan(iou)}
-            lowest = min(averaged, key=lambda key: averaged[key], default="")
-            low = f", lowest {averaged[lowest]:.3f} for {class_label(lowest)}" if averaged else ""
-            parts[-1] += f" ({len(averaged)} of {len(classes)} classes{low})"
-    for name, one, more in (
-        ("train_skipped_steps", "step skipped", "steps skipped"),
-        ("train_empty_batches", "batch empty", "batches empty"),
-    ):
-        if count := int(logs.get(name, 0)):
-            parts.append(f"{count} {one if count == 1 else more}")
-    return "  ".join(parts)
-
-
-class TextProgress(Callback):
-    """One line an epoch, for logs."""
-
-    is_display = True
-
-    def _write(self, line: str) -> None:
-        print(line, flush=True)
-
-    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        """Write the epoch's line."""
-        self._write(epoch_line(trainer, epoch, logs))
-
-    def on_train_end(self, trainer: Any) -> None:
-        """Write why the run stopped before its goal."""
-        if trainer.stop_reason:
-            where = (
-                f" (epoch {trainer.epoch + 1}, after batch {trainer.batch})"
-                if trainer.batch
-                else ""
-            )
-            self._write(f"stopped{where}: {trainer.stop_reason}")
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-034
-class BarProgress(TextProgress):
-    """A tqdm bar over the batches of each epoch, for terminals; its loss is read twice a second."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.last_read = 0.0
-
-    def _write(self, line: str) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(line, file=sys.stdout)
-
-    def _open(self, trainer: Any) -> Any:
-        from tqdm import tqdm
-
-        try:
-            total = len(trainer.train_loader)
-        except TypeError:  # an iterable data set cannot tell
-            total = None
-        title = f"epoch {trainer.epoch + 1}/{trainer.goal}"
-        self.bar = tqdm(
-            total=total, initial=trainer.batch, desc=title, leave=False, dynamic_ncols=True
-        )
-        return self.bar
-
-    def on_epoch_start(self, trainer: Any, epoch: int) -> None:
-        """Open a bar."""
-        self._open(trainer)
-
-    def on_batch_end(self, trainer: Any, batch: Any, logs: dict[str, Any]) -> None:
-        """Advance; show the loss at the display's pace, not the loop's."""
-        bar = self._open(trainer) if self.bar is None else self.bar  # a paused epoch goes on
-        now = time.monotonic()
-        if now - self.last_read > 0.5 and "train_loss" in logs:
-            self.last_read = now
-            bar.set_postfix(loss=f"{float(logs['train_loss']):.4g}", refresh=False)
-        bar.update()
-        if bar.total == bar.n and trainer.val_loader is not None:
-            bar.set_description(f"epoch {trainer.epoch + 1}/{trainer.goal} validating")
-
-    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        """Replace the bar by the epoch's line."""
-        self._close()
-        super().on_epoch_end(trainer, epoch, logs)
-
-    def on_train_end(self, trainer: Any) -> None:
-        """Close the bar."""
-        self._close()
-        super().on_train_end(trainer)
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

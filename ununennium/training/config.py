@@ -106,18 +106,23 @@ class TrainerConfig:
     progress: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in CHOICES:
-            check_choice(name, getattr(self, name))
-        for name, least in (("epochs", 0), ("accumulation_steps", 1), ("max_skipped_steps", 1)):
-            setattr(self, name, whole_number(name, getattr(self, name), least))
-        if self.seed is not None:
-            self.seed = whole_number("seed", self.seed, 0, 2**32 - 1)  # NumPy takes no larger one
-        if self.ignore_index not in ("auto", None):
-            self.ignore_index = whole_number("ignore_index", self.ignore_index, -math.inf)
-        check_class_names(self.class_names)
-        check_clip(self.gradient_clip)
-        if not isinstance(self.mixed_precision, bool):
-            raise TypeError(
-                f"mixed_precision={self.mixed_precision!r} must be True or False. "
-                "Pass the type as amp_dtype='float16' or 'bfloat16'."
-            )
+        check_settings(self)
+
+# %% ../../nbs/training/24_config.ipynb #config-013
+def check_settings(config: TrainerConfig) -> None:
+    """Check every setting, and turn integers of any kind into `int`."""
+    for name in CHOICES:
+        check_choice(name, getattr(config, name))
+    for name, least in (("epochs", 0), ("accumulation_steps", 1), ("max_skipped_steps", 1)):
+        setattr(config, name, whole_number(name, getattr(config, name), least))
+    if config.seed is not None:
+        config.seed = whole_number("seed", config.seed, 0, 2**32 - 1)  # NumPy takes no larger one
+    if config.ignore_index not in ("auto", None):
+        config.ignore_index = whole_number("ignore_index", config.ignore_index, -math.inf)
+    check_class_names(config.class_names)
+    check_clip(config.gradient_clip)
+    if not isinstance(config.mixed_precision, bool):
+        raise TypeError(
+            f"mixed_precision={config.mixed_precision!r} must be True or False. Pass the type as "
+            "amp_dtype='float16' or 'bfloat16'."
+        )

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -18,20 +16,14 @@ from typing import Any
 from ..notebook.kernel import LiveWidgets, has_front_end, live_widgets, running_kernel
 from .callbacks import CheckpointCallback
 from .charts import CellOutput, View, display_run
-from .messages import warn, whole_number
+from .hooks import Display, RunView
+from .messages import whole_number
 from .runlog import RunRecorder, add_mark
 
 # %% auto #0
-__all__ = ['Dashboard', 'missing_libraries', 'progress_display']
+__all__ = ['Dashboard']
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-004
-# Stand-ins for names that other chapters are about to provide.
-from typing import Any as RunView
-
-from .callbacks import BarProgress, TextProgress
-from .callbacks import Callback as Display
-
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-007
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-006
 class Pace:
     """Decide when to draw next, so that drawing takes a bounded share of the time.
 
@@ -71,12 +63,12 @@ class Pace:
             spent = self.spent + min(self.other, self.share * (now - self.start) / 2)
             self.next = max(now + self.least, self.start + spent / self.share)
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-012
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-011
 COST_OF_A_BATCH = 3e-6  # seconds for the notes that a batch leaves
 BETWEEN_POLLS = 0.02  # seconds; too short a delay of a click to notice
 BUTTONS = ("Stop", "Checkpoint", "Pause")
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-013
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-012
 class Painter:
     """Draw the log of a recorder into a view: status and charts, each at its own pace."""
 
@@ -120,20 +112,20 @@ class Painter:
             self._has_scores = self.is_free = True
             self.recorder.look_at = self.pace.next = 0.0
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-017
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-016
 def optional_folder(path: str | Path | None) -> Path | None:
     """Return the folder that a user passed, if any; raise a `TypeError` for anything else."""
     if not isinstance(path, (str, Path, type(None))):
         raise TypeError(f"checkpoint_dir={path!r} must be the path of a folder.")
     return None if path is None else Path(path)
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-019
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-018
 def save_folder(trainer: RunView, wanted: Path | None) -> Path:
     """Return the folder to save in: the one wanted, else the first `CheckpointCallback`'s."""
     own = (Path(c.dirpath) for c in trainer.callbacks if isinstance(c, CheckpointCallback))
     return wanted or next(own, Path("checkpoints"))
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-021
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-020
 class BackgroundSaves:
     """Save a run when asked, one file at a time, and report on each in the log's note."""
 
@@ -180,7 +172,7 @@ class BackgroundSaves:
         while self.proceed() or self._writing:
             wait([self._writing] if self._writing else [])
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-025
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-024
 class PauseButton:
     """Hold a run and let it continue; show which of the two it does."""
 
@@ -218,7 +210,7 @@ class PauseButton:
         if self._is_asked:
             self.trainer.end_pause()
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-028
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-027
 class Buttons:
     """Obey the buttons of a view."""
 
@@ -257,7 +249,7 @@ class Buttons:
         if self.saves.proceed():
             self.painter.draw(self.trainer, whole=True)
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-031
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-030
 class LiveRun:
     """A run while its cell shows it."""
 
@@ -303,7 +295,7 @@ class LiveRun:
         self.painter.recorder.look = self.painter.recorder.update
         self.cell.keep_record()
 
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-033
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-032
 class Dashboard(Display):
     """Show a run in its cell, live, with buttons to stop, pause and save it.
 
@@ -319,8 +311,6 @@ class Dashboard(Display):
     always
         Show it in every kernel, even if no front end is known to be there.
     """
-
-    is_display = True
 
     def __init__(
         self, *, checkpoint_dir: str | Path | None = None, height: int = 320, always: bool = False
@@ -377,37 +367,3 @@ class Dashboard(Display):
 
     def _ipython_display_(self) -> None:
         display_run(self.recorder.log, self.cell, is_live=self.live is not None)
-
-# %% ../../nbs/training/88_dashboard.ipynb #dashboard-048
-# These two are about to move to another chapter.
-def missing_libraries() -> list[str]:
-    """Return which of the dashboard's libraries are not installed."""
-    wanted = ("ipywidgets", "plotly", "anywidget")
-    return [name for name in wanted if importlib.util.find_spec(name) is None]
-
-
-def progress_display(progress: str, callbacks: Sequence[Any] = ()) -> Display | None:
-    """Return the display to add for a `TrainerConfig.progress` value, or None for none."""
-    own = sum(isinstance(callback, Dashboard) for callback in callbacks)
-    if own > 1:
-        raise ValueError(
-            f"callbacks holds {own} dashboards, which would all show the run: pass one."
-        )
-    missing = missing_libraries()
-    hint = f"The dashboard needs {', '.join(missing)}: pip install 'ununennium[notebook]'."
-    if progress == "dashboard":
-        if running_kernel() is None:
-            raise ValueError(
-                "progress='dashboard' needs a Jupyter kernel, and this is none. Pass 'auto', which "
-                "takes a bar or text where there is no notebook."
-            )
-        if missing:
-            raise ImportError(hint)
-        return None if own else Dashboard(always=True)
-    if progress == "auto":
-        if has_front_end() and not missing:
-            return None if own else Dashboard()
-        if has_front_end():
-            warn(f"Progress is shown as text. {hint}")
-        progress = "bar" if sys.stdout.isatty() else "text"
-    return {"bar": BarProgress, "text": TextProgress}[progress]() if progress != "none" else None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from .batches import start as open_iterator
+from .batches import open_iterator
 from .checkpoint import CheckpointError, plain
 from .messages import warn
 from .recording import ResumableSampler, WorkerStates, report_states, unpickled

@@ -12,21 +12,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .progress import class_label
 from .runlog import RunLog, Series, events
 from .status import GREY
 
 # %% auto #0
 __all__ = ['Curve', 'loss_curves', 'rate_curves', 'score_curves', 'picture_html']
 
-# %% ../../nbs/training/84_picture.ipynb #picture-004
-# A stand-in: this name is about to move to another chapter.
-from .callbacks import class_label
-
-# %% ../../nbs/training/84_picture.ipynb #picture-007
+# %% ../../nbs/training/84_picture.ipynb #picture-006
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#8c8c8c")
 MOST_CURVES = 12
 
-# %% ../../nbs/training/84_picture.ipynb #picture-010
+# %% ../../nbs/training/84_picture.ipynb #picture-009
 @dataclass
 class Curve:
     """Points `(N,)`, their name and their look.
@@ -49,7 +46,7 @@ class Curve:
     is_named: bool = True
     by_epoch: bool = False
 
-# %% ../../nbs/training/84_picture.ipynb #picture-013
+# %% ../../nbs/training/84_picture.ipynb #picture-012
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     """Return trailing means of `(N,)` over a share of its length, without NaN."""
     width = max(1, round(len(values) * share))
@@ -62,7 +59,7 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     total = sums[ends] - sums[starts]
     return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0)
 
-# %% ../../nbs/training/84_picture.ipynb #picture-016
+# %% ../../nbs/training/84_picture.ipynb #picture-015
 def epoch_curve(name: str, values: list[float], colour: str, style: str, most: int = 500) -> Curve:
     """Return a curve over epochs, averaged down to at most `most` points."""
     series = Series(most)
@@ -71,7 +68,7 @@ def epoch_curve(name: str, values: list[float], colour: str, style: str, most: i
         style = "line"  # the points would run into each other
     return Curve(name, *series.points(), colour, style, by_epoch=True)
 
-# %% ../../nbs/training/84_picture.ipynb #picture-018
+# %% ../../nbs/training/84_picture.ipynb #picture-017
 def loss_curves(log: RunLog) -> list[Curve]:
     """Return the loss of the steps, smoothed, of the epochs, and in validation."""
     counts, y = log.losses.points()
@@ -89,13 +86,13 @@ def loss_curves(log: RunLog) -> list[Curve]:
             curves.append(epoch_curve(name, log.history[key], colour, style))
     return curves
 
-# %% ../../nbs/training/84_picture.ipynb #picture-021
+# %% ../../nbs/training/84_picture.ipynb #picture-020
 def rate_curves(log: RunLog) -> list[Curve]:
     """Return the learning rate of the steps."""
     counts, rates = log.rates.points()
     return [Curve("learning rate", log.where(counts), rates, COLOURS[2], is_named=False)]
 
-# %% ../../nbs/training/84_picture.ipynb #picture-024
+# %% ../../nbs/training/84_picture.ipynb #picture-023
 def score_names(history: dict[str, list[float]]) -> tuple[str, list[str]]:
     """Return a title and the scores to draw: the mean IoU and its classes, or what there is."""
     if "val_IoU" in history:
@@ -108,7 +105,7 @@ def score_names(history: dict[str, list[float]]) -> tuple[str, list[str]]:
         title += f", {MOST_CURVES} of {len(names)}"
     return title, first + names[:MOST_CURVES]
 
-# %% ../../nbs/training/84_picture.ipynb #picture-026
+# %% ../../nbs/training/84_picture.ipynb #picture-025
 def score_curves(log: RunLog) -> tuple[str, list[Curve]]:
     """Return a title, and the scores of the epochs."""
     title, names = score_names(log.history)
@@ -123,7 +120,7 @@ def score_curves(log: RunLog) -> tuple[str, list[Curve]]:
         curves.append(epoch_curve("mean" if is_mean else label, log.history[name], colour, style))
     return title, curves
 
-# %% ../../nbs/training/84_picture.ipynb #picture-029
+# %% ../../nbs/training/84_picture.ipynb #picture-028
 def limits(arrays: list[np.ndarray], pad: float = 0.0) -> tuple[float, float]:
     """Return the smallest and the largest finite value, never the same, with a margin."""
     values = np.concatenate([*arrays, []])
@@ -133,7 +130,7 @@ def limits(arrays: list[np.ndarray], pad: float = 0.0) -> tuple[float, float]:
         low, high = low - 0.5, high + 0.5
     return low - pad * (high - low), high + pad * (high - low)
 
-# %% ../../nbs/training/84_picture.ipynb #picture-032
+# %% ../../nbs/training/84_picture.ipynb #picture-031
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Return round numbers between two values, 1, 2 or 5 times a power of ten apart."""
     span = high - low
@@ -143,7 +140,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
-# %% ../../nbs/training/84_picture.ipynb #picture-035
+# %% ../../nbs/training/84_picture.ipynb #picture-034
 @dataclass(frozen=True)
 class Scale:
     """Map values from `low` to `high` to pixels from `start` to `end`, as text for SVG."""
@@ -158,14 +155,14 @@ class Scale:
         share = (value - self.low) / (self.high - self.low)
         return f"{self.start + share * (self.end - self.start):.1f}"
 
-# %% ../../nbs/training/84_picture.ipynb #picture-038
+# %% ../../nbs/training/84_picture.ipynb #picture-037
 def thinned(curve: Curve, most: int = 300) -> tuple[np.ndarray, np.ndarray]:
     """Return a curve's points, averaged down to what a small picture can show."""
     series = Series(most)
     series.extend(list(curve.x), list(curve.y))
     return series.points()
 
-# %% ../../nbs/training/84_picture.ipynb #picture-041
+# %% ../../nbs/training/84_picture.ipynb #picture-040
 def legend_rows(curves: list[Curve], width: int) -> list[list[tuple[int, Curve]]]:
     """Return the named curves in rows, each with its distance in pixels from the left."""
     rows: list[list[tuple[int, Curve]]] = []
@@ -180,7 +177,7 @@ def legend_rows(curves: list[Curve], width: int) -> list[list[tuple[int, Curve]]
             across += needed
     return rows
 
-# %% ../../nbs/training/84_picture.ipynb #picture-043
+# %% ../../nbs/training/84_picture.ipynb #picture-042
 @dataclass
 class Panel:
     """A panel of the picture. Positions and sizes are in pixels."""
@@ -205,7 +202,7 @@ class Panel:
         bottom, top = self.top + self.height - 28, self.top + 28 + 15 * len(self.legend)
         self.y = Scale(low, high, bottom, top)
 
-# %% ../../nbs/training/84_picture.ipynb #picture-046
+# %% ../../nbs/training/84_picture.ipynb #picture-045
 def legend_svg(panel: Panel) -> list[str]:
     """Return the title and the legend."""
     left, top = panel.x.start, panel.top
@@ -217,7 +214,7 @@ def legend_svg(panel: Panel) -> list[str]:
             parts.append(f'<text {position} fill="{curve.colour}">{name}</text>')
     return parts
 
-# %% ../../nbs/training/84_picture.ipynb #picture-049
+# %% ../../nbs/training/84_picture.ipynb #picture-048
 def axes_svg(panel: Panel) -> list[str]:
     """Return the lines and numbers of both axes."""
     start, end, below = panel.x.start, panel.x.end, panel.y.start + 16
@@ -232,7 +229,7 @@ def axes_svg(panel: Panel) -> list[str]:
     parts.append(f'<text x="{end}" y="{below}" text-anchor="end">epoch</text>')
     return parts
 
-# %% ../../nbs/training/84_picture.ipynb #picture-052
+# %% ../../nbs/training/84_picture.ipynb #picture-051
 def line_svg(curve: Curve, points: list[str]) -> list[str]:
     """Return a curve's lines; an empty point is a gap."""
     width = {"faint": 0.8, "thin": 1.4, "dashed": 1.4}.get(curve.style, 2)
@@ -241,7 +238,7 @@ def line_svg(curve: Curve, points: list[str]) -> list[str]:
     stretches = " ".join(point or "|" for point in points).split("|")
     return [f'<polyline points="{s.strip()}" {look}/>' for s in stretches if s.strip()]
 
-# %% ../../nbs/training/84_picture.ipynb #picture-055
+# %% ../../nbs/training/84_picture.ipynb #picture-054
 def curve_svg(panel: Panel, curve: Curve, x: np.ndarray, y: np.ndarray) -> list[str]:
     """Return a curve's lines and points."""
     points = [
@@ -253,7 +250,7 @@ def curve_svg(panel: Panel, curve: Curve, x: np.ndarray, y: np.ndarray) -> list[
             parts.append(f'<circle cx="{across}" cy="{down}" r="2.2" fill="{curve.colour}"/>')
     return parts
 
-# %% ../../nbs/training/84_picture.ipynb #picture-058
+# %% ../../nbs/training/84_picture.ipynb #picture-057
 def marks_svg(panel: Panel) -> list[str]:
     """Return the events, each at its position."""
     parts = []
@@ -266,14 +263,14 @@ def marks_svg(panel: Panel) -> list[str]:
         parts.append(f"<path {line}/>{words}")
     return parts
 
-# %% ../../nbs/training/84_picture.ipynb #picture-061
+# %% ../../nbs/training/84_picture.ipynb #picture-060
 def panel_svg(panel: Panel) -> str:
     """Return a panel as SVG elements."""
     curves = zip(panel.curves, panel.points, strict=True)
     lines = [part for curve, points in curves for part in curve_svg(panel, curve, *points)]
     return "".join([*legend_svg(panel), *axes_svg(panel), *marks_svg(panel), *lines])
 
-# %% ../../nbs/training/84_picture.ipynb #picture-064
+# %% ../../nbs/training/84_picture.ipynb #picture-063
 def picture(log: RunLog) -> str:
     """Return the charts of a log as an SVG document."""
     title, scores = score_curves(log)
@@ -291,7 +288,7 @@ def picture(log: RunLog) -> str:
         f"{''.join(map(panel_svg, panels))}</svg>"
     )
 
-# %% ../../nbs/training/84_picture.ipynb #picture-068
+# %% ../../nbs/training/84_picture.ipynb #picture-067
 def picture_html(log: RunLog) -> str:
     """Return the picture as an HTML image."""
     image = base64.b64encode(picture(log).encode()).decode()

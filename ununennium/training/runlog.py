@@ -17,20 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import sample_count
+from .batches import num_batches, sample_count
 from .callbacks import CheckpointCallback
+from .hooks import Callback, RunView
 
 # %% auto #0
 __all__ = ['Series', 'RunLog', 'add_mark', 'events', 'RunRecorder']
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-004
-# Stand-ins for names that other chapters are about to provide.
-from typing import Any as RunView
-
-from .batches import length as num_batches
-from .callbacks import Callback
-
-# %% ../../nbs/training/82_runlog.ipynb #runlog-007
+# %% ../../nbs/training/82_runlog.ipynb #runlog-006
 def mean_of_known(values: np.ndarray) -> np.ndarray:
     """Return the row means of `(N, K)` without NaN; a row of nothing else gives NaN."""
     known = ~np.isnan(values)
@@ -38,7 +32,7 @@ def mean_of_known(values: np.ndarray) -> np.ndarray:
     sums = np.where(known, values, 0.0).sum(1)
     return np.divide(sums, counts, out=np.full(len(values), math.nan), where=counts > 0)
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-009
+# %% ../../nbs/training/82_runlog.ipynb #runlog-008
 class Series:
     """A curve of at most `capacity` points (an even number), averaged to fit."""
 
@@ -75,7 +69,7 @@ class Series:
             points = np.concatenate([points, mean_of_known(self._pending)[:, None]], axis=1)
         return points[0], points[1]
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-015
+# %% ../../nbs/training/82_runlog.ipynb #runlog-014
 class Timeline:
     """Convert counts of batches to positions in epochs.
 
@@ -109,7 +103,7 @@ class Timeline:
         ended = np.interp(counts, self._counts, self._epochs)
         return np.where(inside > 0, self._epochs[-1] + np.minimum(part, 1.0), ended)
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-019
+# %% ../../nbs/training/82_runlog.ipynb #runlog-018
 @dataclass
 class Speed:
     """How fast a run trains. Times are in seconds."""
@@ -130,7 +124,7 @@ class Speed:
         """The share of training time spent waiting for data, 0 to 1."""
         return min(1.0, self.waited / self.trained) if self.trained else None
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-023
+# %% ../../nbs/training/82_runlog.ipynb #runlog-022
 class Stopwatch:
     """Measure a `Speed`; pauses and drawing count as no work."""
 
@@ -166,7 +160,7 @@ class Stopwatch:
         """Note the duration of a validation of which a share is done."""
         self.speed.validated = (self.lap() - self.counted) / share
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-027
+# %% ../../nbs/training/82_runlog.ipynb #runlog-026
 @dataclass
 class Mark:
     """An event worth showing: after which batch, by the log's count, and what to write."""
@@ -174,7 +168,7 @@ class Mark:
     count: float
     text: str
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-028
+# %% ../../nbs/training/82_runlog.ipynb #runlog-027
 @dataclass
 class RunLog:
     """What a display knows about a run."""
@@ -210,14 +204,14 @@ class RunLog:
             self.state = phase
         self.phase = phase
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-031
+# %% ../../nbs/training/82_runlog.ipynb #runlog-030
 def add_mark(log: RunLog, text: str, count: float | None = None) -> None:
     """Mark an event at a count of batches, by default now; a new "best" replaces the old one."""
     if text == "best":
         log.marks = deque((mark for mark in log.marks if mark.text != "best"), log.marks.maxlen)
     log.marks.append(Mark(log.count if count is None else count, text))
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-034
+# %% ../../nbs/training/82_runlog.ipynb #runlog-033
 def events(log: RunLog, apart: float = 0.03) -> list[tuple[float, str]]:
     """Return what happened at which epoch; events too close to read apart share a text."""
     shared: list[tuple[float, str]] = []
@@ -228,27 +222,27 @@ def events(log: RunLog, apart: float = 0.03) -> list[tuple[float, str]]:
         shared.append((where, text))
     return shared
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-037
+# %% ../../nbs/training/82_runlog.ipynb #runlog-036
 def continues(log: RunLog, trainer: RunView) -> bool:
     """Return whether the trainer is where the log ends."""
     position = trainer.epoch, trainer.batch
     return trainer.global_step > 0 and position == (log.epoch, log.batch)
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-040
+# %% ../../nbs/training/82_runlog.ipynb #runlog-039
 def start_fit(log: RunLog, trainer: RunView) -> None:
     """Note that a `fit` starts or continues."""
     log.state, log.reason, log.note, log.history = "running", "", "", trainer.history
     log.goal = trainer.goal
     log.batches = log.where.batches = num_batches(trainer.train_loader) or log.batches
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-043
+# %% ../../nbs/training/82_runlog.ipynb #runlog-042
 def end_epoch(log: RunLog, trainer: RunView) -> None:
     """Note that an epoch is complete, and its scores."""
     log.batches = log.where.batches = num_batches(trainer.train_loader) or log.batch
     log.where.start_epoch(log.count)
     log.epoch, log.batch, log.history = trainer.epoch, 0, trainer.history
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-046
+# %% ../../nbs/training/82_runlog.ipynb #runlog-045
 def end_fit(log: RunLog, trainer: RunView) -> None:
     """Note how a `fit` ended."""
     log.count += trainer.batch - log.batch
@@ -257,7 +251,7 @@ def end_fit(log: RunLog, trainer: RunView) -> None:
         log.state = "stopped" if trainer.stop_reason else "done"
         log.reason = trainer.stop_reason or ""
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-049
+# %% ../../nbs/training/82_runlog.ipynb #runlog-048
 def count_validation(log: RunLog, watch: Stopwatch, loader: Any) -> None:
     """Note that a validation starts, or that one more of its batches is done."""
     if log.phase == "running":
@@ -268,7 +262,7 @@ def count_validation(log: RunLog, watch: Stopwatch, loader: Any) -> None:
     if log.epoch == 0 and log.val_batches:
         watch.time_validation(log.val_batch / log.val_batches)
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-052
+# %% ../../nbs/training/82_runlog.ipynb #runlog-051
 def jumps(values: list[float], held: int = 3, factor: float = 1.5) -> list[int]:
     """Return the indices where a value that was constant for `held` steps changes by a factor."""
     if len(set(values)) < 2:
@@ -281,7 +275,7 @@ def jumps(values: list[float], held: int = 3, factor: float = 1.5) -> list[int]:
         and not 1 / factor < (values[i] / values[i - 1] if values[i - 1] else math.inf) < factor
     ]
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-055
+# %% ../../nbs/training/82_runlog.ipynb #runlog-054
 def add_rates(log: RunLog, counts: np.ndarray, rates: list[float], held: list[float]) -> None:
     """Add learning rates by count, and mark jumps; `held` are up to three rates before them."""
     log.rates.extend(counts, rates)
@@ -290,7 +284,7 @@ def add_rates(log: RunLog, counts: np.ndarray, rates: list[float], held: list[fl
         text = f"lr {rates[i - 1]:.2g} to {rates[i]:.2g}"
         add_mark(log, text, float(counts[i - len(held)]))
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-058
+# %% ../../nbs/training/82_runlog.ipynb #runlog-057
 class StepNotes:
     """What steps leave behind: learning rates, and losses that are still on the device."""
 
@@ -329,7 +323,7 @@ class StepNotes:
             losses = torch.cat([losses.float() for _, losses in unread]).cpu().numpy()
             log.losses.extend(np.concatenate([counts for counts, _ in unread]), losses)
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-061
+# %% ../../nbs/training/82_runlog.ipynb #runlog-060
 def peak_memory(device: torch.device) -> int | None:
     """Return the peak of memory in use, in bytes; None where the system does not say."""
     if device.type == "cuda":
@@ -341,7 +335,7 @@ def peak_memory(device: torch.device) -> int | None:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-064
+# %% ../../nbs/training/82_runlog.ipynb #runlog-063
 def read_facts(log: RunLog, trainer: RunView) -> None:
     """Note the peak of memory, and mark the latest epoch if its model is the best so far."""
     log.memory = peak_memory(trainer.device)
@@ -351,7 +345,7 @@ def read_facts(log: RunLog, trainer: RunView) -> None:
         log.best = best
         add_mark(log, "best", log.where.latest)
 
-# %% ../../nbs/training/82_runlog.ipynb #runlog-066
+# %% ../../nbs/training/82_runlog.ipynb #runlog-065
 class RunRecorder(Callback):
     """Fill a `RunLog` from the hooks of a run."""
 
