@@ -1,6 +1,7 @@
 """Small runs that the tests share."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -101,6 +102,16 @@ def same_state(one, other):
 def same_history(one, other):
     """Histories are equal, NaN to NaN."""
     return str(one) == str(other)
+
+
+class Hostile:
+    """An object whose pickle creates a folder when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
 
 
 class HostReads(TorchDispatchMode):

@@ -25,9 +25,9 @@ from ununennium import (
     MaskedLoss,
     Trainer,
 )
-from ununennium.training.callbacks import BarProgress
 from ununennium.training.checkpoint import save_file
 from ununennium.training.precision import Precision
+from ununennium.training.progress import BarProgress
 
 
 def spoiled(number=0, count=8):

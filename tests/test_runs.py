@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from conftest import make_batches, make_trainer, same_history, same_state
 from ununennium import Callback, EarlyStopping
-from ununennium.training.callbacks import HOOKS
+from ununennium.training.hooks import HOOKS
 
 
 class Stop(Callback):

@@ -16,7 +16,8 @@ from ununennium import Callback, CheckpointCallback, Dashboard
 from ununennium.notebook.kernel import LiveWidgets, has_front_end
 from ununennium.training.charts import PLOTLY, WIDGET, CellOutput, Charts, View, record_bundles
 from ununennium.training.checkpoint import CheckpointError
-from ununennium.training.dashboard import Pace, progress_display
+from ununennium.training.dashboard import Pace
+from ununennium.training.progress import default_display
 from ununennium.training.runlog import RunRecorder
 
 # A kernel that is not there: widgets work without one, and what is displayed is kept here.
@@ -529,8 +530,8 @@ def test_a_pace_spends_its_share():
 
 def test_headless_runs_need_no_widgets(monkeypatch):
     assert not has_front_end()
-    assert type(progress_display("auto")).__name__ in ("BarProgress", "TextProgress")
-    assert progress_display("none") is None
+    assert type(default_display("auto")).__name__ in ("BarProgress", "TextProgress")
+    assert default_display("none") is None
     dashboard = Dashboard()
     make_trainer(make_batches(2), callbacks=[dashboard]).fit(2)  # shows nothing, records all
     assert dashboard.cell is None and dashboard.recorder.log.epoch == 2
@@ -540,7 +541,7 @@ def test_headless_runs_need_no_widgets(monkeypatch):
 def test_a_dashboard_of_the_users_is_not_doubled(shown):
     trainer = make_trainer(make_batches(2), callbacks=[Dashboard()], progress="auto")
     assert sum(getattr(callback, "is_display", False) for callback in trainer.callbacks) == 1
-    assert type(progress_display("auto")) is Dashboard
+    assert type(default_display("auto")) is Dashboard
 
 
 def test_missing_libraries_are_named(shown, monkeypatch):
@@ -548,9 +549,9 @@ def test_missing_libraries_are_named(shown, monkeypatch):
     with pytest.warns(
         UserWarning, match=re.escape("needs plotly: pip install 'ununennium[notebook]'")
     ):
-        progress_display("auto")
+        default_display("auto")
     with pytest.raises(ImportError, match="needs plotly"):
-        progress_display("dashboard")
+        default_display("dashboard")
 
 
 def test_a_dashboard_where_there_is_no_kernel():
