@@ -182,7 +182,7 @@ def outcome(trainer):
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict()["state"],
         "history": trainer.history,
-        "scheduler": trainer.schedule.scheduler and trainer.schedule.scheduler.state_dict(),
+        "scheduler": trainer.run.schedule.scheduler and trainer.run.schedule.scheduler.state_dict(),
         "step": trainer.global_step,
         "memory": memory,
         "random": (torch.rand(1).item(), np.random.rand(), random.random()),

@@ -126,9 +126,9 @@ def test_other_optimizers_cost_one_read_a_step_and_never_more():
 
 
 def half(trainer, device, dtype=torch.float16, **scaler):
-    trainer.precision = Precision(torch.device(device), dtype)
+    trainer.run.task.precision = Precision(torch.device(device), dtype)
     if scaler:
-        trainer.precision.scaler = torch.amp.GradScaler(device, **scaler)
+        trainer.run.task.precision.scaler = torch.amp.GradScaler(device, **scaler)
     return trainer
 
 
@@ -158,7 +158,7 @@ def test_an_overflow_halves_the_scale_once_and_moves_no_scheduler(device, fused)
 
     class Watch(Callback):
         def on_batch_end(self, trainer, batch, logs):
-            scale = trainer.precision.scaler.get_scale()
+            scale = trainer.run.task.precision.scaler.get_scale()
             rates.append((scale, trainer.optimizer.param_groups[0]["lr"], trainer.global_step))
 
     model = nn.Linear(4, 1)
@@ -200,7 +200,7 @@ def test_parameters_stay_float32_and_validation_is_autocast(device, dtype):
     assert set(seen) == {(True, dtype), (False, dtype)}
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     assert math.isfinite(history["val_loss"][-1])
-    assert trainer.precision.scaler.is_enabled() == (dtype == torch.float16)
+    assert trainer.run.task.precision.scaler.is_enabled() == (dtype == torch.float16)
 
 
 @pytest.mark.gpu
@@ -209,13 +209,13 @@ def test_parameters_stay_float32_and_validation_is_autocast(device, dtype):
 def test_mixed_precision_from_the_config_on_a_gpu(amp_dtype):
     trainer = make_trainer(val=make_batches(2), device="cuda", amp_dtype=amp_dtype)
     history = trainer.fit(8)
-    assert trainer.precision.dtype == getattr(torch, amp_dtype)
+    assert trainer.run.task.precision.dtype == getattr(torch, amp_dtype)
     assert history["val_IoU"][-1] > history["val_IoU"][0]
 
 
 def test_mixed_precision_on_a_cpu_is_full_precision():
     trainer = make_trainer(mixed_precision=True)
-    assert trainer.precision.dtype is None and not trainer.precision.scaler.is_enabled()
+    assert trainer.run.task.precision.dtype is None and not trainer.run.task.precision.scaler.is_enabled()
 
 
 def test_cuda_without_a_gpu_warns_once_and_trains_on_the_cpu(monkeypatch):

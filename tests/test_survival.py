@@ -81,19 +81,17 @@ def test_a_damaged_newest_file_falls_back_to_the_one_before(tmp_path, capsys):
         if damaged.name != "previous.pt":
             damaged.write_bytes(damaged.read_bytes()[:-200])
     os.utime(tmp_path / "previous.pt", (1, 1))
-    trainer = make_trainer(make_batches(4))
+    trainer = make_trainer(make_batches(4), progress="text")
     with pytest.warns(UserWarning, match=r"last.pt is damaged"):
         path = trainer.resume(tmp_path)
     assert path == tmp_path / "previous.pt" and trainer.global_step == 8 and last.exists()
-    assert f"Going on from {path}: after epoch 1, batch 4 of epoch 2, step 8." in (
-        capsys.readouterr().out
-    )
+    assert f"Resuming from {path} (batch 4 of epoch 2, step 8)." in capsys.readouterr().out
 
 
 def test_only_damaged_files_are_an_error_and_none_is_a_beginning(tmp_path, capsys):
-    trainer = make_trainer()
+    trainer = make_trainer(progress="text")
     assert trainer.resume(tmp_path / "nothing") is None
-    assert "no checkpoint in" in capsys.readouterr().out
+    assert "No checkpoint in" in capsys.readouterr().out
     (tmp_path / "last.pt").write_bytes(b"rubbish")
     with (
         pytest.warns(UserWarning, match="damaged"),

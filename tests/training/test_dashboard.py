@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ununennium.training.dashboard as module
+import ununennium.training.progress as progress
 from conftest import make_batches, make_trainer
 from ununennium import Callback, CheckpointCallback, Dashboard
 from ununennium.notebook.kernel import LiveWidgets, has_front_end
@@ -39,8 +40,9 @@ def shown(monkeypatch):
     pytest.importorskip("anywidget")
     pytest.importorskip("plotly")
     display = Display()
-    monkeypatch.setattr(module, "running_kernel", lambda: "a kernel")
-    monkeypatch.setattr(module, "has_front_end", lambda: True)
+    for name in (module, progress):
+        monkeypatch.setattr(name, "running_kernel", lambda: "a kernel")
+        monkeypatch.setattr(name, "has_front_end", lambda: True)
     monkeypatch.setattr("IPython.display.DisplayHandle", lambda: display)
     monkeypatch.setattr("IPython.display.display", display.display)
     return display.shown
@@ -545,7 +547,7 @@ def test_a_dashboard_of_the_users_is_not_doubled(shown):
 
 
 def test_missing_libraries_are_named(shown, monkeypatch):
-    monkeypatch.setattr(module, "missing_libraries", lambda: ["plotly"])
+    monkeypatch.setattr(progress, "missing_libraries", lambda: ["plotly"])
     with pytest.warns(
         UserWarning, match=re.escape("needs plotly: pip install 'ununennium[notebook]'")
     ):
