@@ -50,7 +50,7 @@ def test_the_file_of_a_bad_image_is_named(optimizer):
 def test_without_names_the_sample_is_counted():
     batches = make_batches(3, size=4)
     batches[2][0][3, 1] = torch.nan
-    with pytest.warns(UserWarning, match=r"batch index 2 \(sample 3 of it\), where the input"):
+    with pytest.warns(UserWarning, match=r"batch index 2 \(sample 3\), where the input"):
         make_trainer(batches).fit(1)
 
 

@@ -259,9 +259,9 @@ def test_counting_on_the_device_is_counting_on_the_host(steps, size, skipped, se
         window = []
         for place in range(size):
             bad = not taken and bool(torch.rand((), generator=generator) < 0.3)
-            probes = {"output": torch.tensor(math.nan if bad else 1.0), "loss": torch.tensor(0.5)}
+            checks = {"output": torch.tensor(math.nan if bad else 1.0), "loss": torch.tensor(0.5)}
             number = step * size + place
-            window.append(MicroBatch(None, None, None, 1.0, number, probes=probes))
+            window.append(MicroBatch(None, None, None, 1.0, number, checks=checks))
         host.see(window, taken, epoch=0)
         device.see(window, torch.tensor(taken), epoch=0)
     assert device.read() == host.read()

@@ -137,7 +137,7 @@ def test_a_buffer_that_is_assigned_anew_is_guarded_too():
             return self.net(x)
 
     trainer = make_trainer(spoiled(3), model=Moving())
-    with pytest.warns(UserWarning, match=r"index 3 \(sample 0 of it\), where the input"):
+    with pytest.warns(UserWarning, match=r"index 3 \(sample 0\), where the input"):
         trainer.fit(1)
     assert trainer.model.mean.isfinite().all()
 
@@ -148,7 +148,7 @@ def test_the_warning_names_the_culprit_within_a_window(fused):
         spoiled(5), accumulation_steps=4,
         optimizer=lambda p: torch.optim.AdamW(p, lr=0.01, fused=fused),
     )  # fmt: skip
-    place = "index 5" if fused else r"index 5 \(sample 0 of it\)"  # the batch is gone by then
+    place = "index 5" if fused else r"index 5 \(sample 0\)"  # the batch is gone by then
     with pytest.warns(UserWarning, match=f"{place}, where the input"):
         trainer.fit(1)
 

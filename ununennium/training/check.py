@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from ununennium.training.batches import (
     MicroBatch,
     bad_rows,
-    length,
+    num_batches,
+    open_iterator,
     prediction,
     quote_names,
     sample_names,
-    start,
 )
 from .callbacks import Monitor
 from .feed import owners_of
@@ -69,7 +69,7 @@ def first_batch(loader: Any) -> Any:
     if isinstance(loader, DataLoader):  # its own workers may be waiting for the next epoch
         loader = copy.copy(loader)
         loader.__dict__ |= {"_iterator": None, "persistent_workers": False}
-    return next(start(loader), None)
+    return next(open_iterator(loader), None)
 
 # %% ../../nbs/training/48_check.ipynb #check-008
 def shape_of(value: Any) -> str:
@@ -212,7 +212,7 @@ def look_at_end(run: Any) -> list[str]:
     loader = run.train_loader
     if not isinstance(loader, DataLoader) or loader.drop_last or not loader.batch_size:
         return []
-    samples = length(loader.sampler)
+    samples = num_batches(loader.sampler)
     if samples is None or samples % loader.batch_size != 1 or loader.batch_size == 1:
         return []
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in run.model.modules()):
@@ -285,7 +285,7 @@ def check(run: Any) -> tuple[dict[str, str], list[str]]:
     told: dict[str, str] = {}
     with untouched(run), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        batches = length(run.train_loader)
+        batches = num_batches(run.train_loader)
         steps = None if batches is None else -(-batches // run.config.accumulation_steps)
         told["epoch"] = (
             "of unknown length" if batches is None else f"{batches} batches, {steps} steps"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .batches import start
+from .batches import open_iterator
 from .checkpoint import CheckpointError, plain
 from .messages import warn
 from .rng import generators_in, parts_of, random_state, set_random_state
@@ -339,7 +339,7 @@ class Feed(NotedLoader):
         restarts = not lives and bool(self.latest)
         if restarts and self.order is not None:
             self.order.begins_with = self.began
-        reading = self._read(start(self.source))
+        reading = self._read(open_iterator(self.source))
         if restarts and self.order is None:
             set_random_state(self.began, *owners)
         return reading
@@ -404,7 +404,7 @@ class Feed(NotedLoader):
         elif order is not None and self.order is not None:
             first = order["first"]
             problems.append(self.order.go_on(order))
-        reading = self._read(start(self.source), first)
+        reading = self._read(open_iterator(self.source), first)
         while reading.number < done and not reading.is_over:
             next(reading, None)
         set_random_state(now, *owners)

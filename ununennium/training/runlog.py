@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import length, sample_count
+from .batches import num_batches, sample_count
 from .callbacks import Callback, CheckpointCallback, class_label
 from .messages import format_bytes
 from .state import History
@@ -646,7 +646,7 @@ class RunRecorder(Callback):
             log.where = Timeline(log.epoch, log.batch)
         log.state, log.reason, log.note, log.history = "running", "", "", trainer.history
         log.goal = trainer.goal
-        log.batches = log.where.batches = length(trainer.train_loader) or log.batches
+        log.batches = log.where.batches = num_batches(trainer.train_loader) or log.batches
         self.waited = trainer.data_wait
         self.counted = time.perf_counter()
 
@@ -671,7 +671,7 @@ class RunRecorder(Callback):
             if log.state == "running":
                 self.collect(trainer)
                 log.state, log.val_batch = "validating", 0
-                log.val_batches = length(trainer.val_loader)
+                log.val_batches = num_batches(trainer.val_loader)
             elif log.state == "validating":
                 log.val_batch += 1
                 if log.epoch == 0 and log.val_batches:
@@ -684,7 +684,7 @@ class RunRecorder(Callback):
         log = self.log
         if log.state == "validating":
             log.state, self.speed.validated = "running", time.perf_counter() - self.counted
-        log.batches = length(trainer.train_loader) or log.batch
+        log.batches = num_batches(trainer.train_loader) or log.batch
         log.end_epoch(trainer.epoch)
         log.history = trainer.history
 

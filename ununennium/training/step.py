@@ -357,12 +357,12 @@ class SkipCount:
 
     def _put_aside(self, window: list[MicroBatch], taken: Tensor) -> None:
         """Put a step aside; a few hundred are looked at together, still on the device."""
-        fine = window[0].probes["loss"].new_ones(())
+        fine = window[0].checks["loss"].new_ones(())
         for batch in window:  # once it is known to be at fault, the batch itself is gone
             if (names := sample_names(batch.raw)) is not None:
                 self.who[batch.number] = quote_names(names)
         rows = [
-            torch.stack([batch.probes.get(name, fine).float() for name in CULPRITS])
+            torch.stack([batch.checks.get(name, fine).float() for name in CULPRITS])
             for batch in window
         ]
         self.pending.append(([batch.number for batch in window], rows, taken))
@@ -429,7 +429,7 @@ class SkipCount:
 def _first_culprit(window: list[MicroBatch]) -> tuple[tuple[int, str], MicroBatch]:
     for batch in window:
         for name in CULPRITS:
-            if name in batch.probes and not math.isfinite(batch.probes[name]):
+            if name in batch.checks and not math.isfinite(batch.checks[name]):
                 return (batch.number, name), batch
     return (window[0].number, "gradient"), window[0]
 

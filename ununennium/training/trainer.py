@@ -26,22 +26,16 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..metrics import ConfusionMatrix, MetricSet, WeightedMean
 from ununennium.training.batches import (
-    LossFacts,
+    AccumulationWindows,
     MicroBatch,
-    Windows,
-    batch_weight,
-    check_labels,
-    check_shapes,
-    length,
-    loss_facts,
-    move,
+    num_batches,
+    open_iterator,
     prediction,
     quote_names,
     sample_count,
     sample_names,
-    start,
+    to_device,
     unpack,
-    widen,
 )
 from .callbacks import HOOKS, Hooks, direction_of
 from .check import Problems, check
@@ -63,18 +57,25 @@ from ununennium.training.checkpoint import (
 )
 from .dashboard import Dashboard, progress_display
 from .feed import Feed, owners_of
+from ununennium.training.loss_spec import (
+    LossSpec,
+    agreed_ignore_index,
+    batch_weight,
+    inspect_loss,
+    named_losses,
+)
 from .messages import warn
 from .rng import random_state, set_random_state
 from .state import Progress
 from .step import OptimizerStep, Precision, SkipLog, probes, resolve_device
+from .targets import cast_target, check_labels, check_shapes
 
 # %% auto #0
 __all__ = ['EMPTY_HINT', 'FORMAT', 'FIELDS', 'whole_number', 'TrainerConfig', 'modes_restored', 'TrainingModes',
-           'random_state_kept', 'interrupt_noted', 'termination_noted', 'Schedule', 'default_metrics', 'named_losses',
-           'agreed_ignore_index', 'explain_input', 'advice_on', 'advise', 'compare_ignored', 'ignore_cure',
-           'warn_of_validation', 'Evaluator', 'OpenEpoch', 'check_parts', 'check_loader', 'check_callbacks', 'Run',
-           'SavedRun', 'run_state_dict', 'place_of', 'furthest', 'moved', 'check_fields', 'load_run_state',
-           'random_owners', 'restore_random_state', 'Session', 'Trainer']
+           'random_state_kept', 'interrupt_noted', 'termination_noted', 'Schedule', 'default_metrics', 'explain_input',
+           'advice_on', 'advise', 'compare_ignored', 'warn_of_validation', 'Evaluator', 'OpenEpoch', 'check_parts',
+           'check_loader', 'check_callbacks', 'Run', 'SavedRun', 'run_state_dict', 'place_of', 'furthest', 'moved',
+           'check_fields', 'load_run_state', 'random_owners', 'restore_random_state', 'Session', 'Trainer']
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-006
 def whole_number(name: str, value: Any, least: float, most: float = math.inf) -> int:
@@ -360,7 +361,7 @@ class Schedule:
 def default_metrics(
     output: Any,
     target: Any,
-    facts: LossFacts,
+    facts: LossSpec,
     ignore_index: int | None,
     class_names: Sequence[str] | None,
 ) -> MetricSet:
@@ -385,54 +386,11 @@ def default_metrics(
         return none
     return MetricSet({"": ConfusionMatrix(classes, ignore_index, class_names)})
 
-# %% ../../nbs/training/50_trainer.ipynb #trainer-030
-def named_losses(loss: Any, name: str) -> dict[str, Tensor]:
-    """Return a loss function's result as a dictionary of scalars with `loss` first."""
-    parts = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
-    if "loss" not in parts:
-        raise ValueError(
-            f"loss_fn {name} returned {sorted(parts)}, but the part to minimise must be called "
-            "'loss'."
-        )
-    for key, value in parts.items():
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = (
-                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            )
-            raise ValueError(
-                f"loss_fn {name} must return one number, a scalar tensor; {key!r} is of {got}. "
-                "Take the mean."
-            )
-        parts[key] = value.reshape(()) if value.ndim else value
-    return {"loss": parts.pop("loss"), **parts}
-
 # %% ../../nbs/training/50_trainer.ipynb #trainer-032
 EMPTY_HINT = (
     "A data set smaller than the batch with drop_last=True gives none, and neither does a "
     "generator that was read before. Pass a DataLoader or a list with at least one batch."
 )
-
-
-def agreed_ignore_index(asked: int | str | None, facts: LossFacts) -> int | None:
-    """Return the label that counts nowhere, on which config and loss must agree."""
-    if isinstance(asked, str):  # "auto"
-        return facts.ignore_index
-    knows_none = facts.wants_classes or facts.elementwise
-    if (
-        knows_none
-        and asked != facts.ignore_index
-        and not (asked is None and facts.ignore_index == -100)
-    ):
-        cure = (
-            f"nn.CrossEntropyLoss(ignore_index={asked})"
-            if facts.wants_classes
-            else f"MaskedLoss(..., ignore_index={asked})"
-        )
-        raise ValueError(
-            f"TrainerConfig(ignore_index={asked}), but {facts.name} ignores {facts.ignore_index}: "
-            f"it would learn from pixels that no score counts. Pass loss_fn={cure}."
-        )
-    return asked
 
 # %% ../../nbs/training/50_trainer.ipynb #trainer-035
 def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception | None:
@@ -505,15 +463,6 @@ def compare_ignored(metrics: MetricSet | None, ignore_index: int | None) -> None
             )
 
 
-def ignore_cure(facts: LossFacts) -> str:
-    """Return how to have a value ignored by a loss, for messages."""
-    if facts.wants_classes:
-        return "build the loss with ignore_index={}"
-    if facts.elementwise:
-        return "use MaskedLoss(loss with reduction='none', ignore_index={})"
-    return "pass TrainerConfig(ignore_index={})"
-
-
 def warn_of_validation(losses: list[tuple[int, Tensor]], ignore_index: int | None) -> None:
     """Warn if no batch had a valid pixel, or if the loss of a numbered batch is not finite."""
     if not losses:
@@ -547,7 +496,7 @@ class Evaluator:
         if isinstance(loss_fn, nn.Module):
             loss_fn.to(self.device)  # its class weights
         self.loss_fn = loss_fn
-        self.facts = loss_facts(self.loss_fn)
+        self.facts = inspect_loss(self.loss_fn)
         self.ignore_index = agreed_ignore_index(config.ignore_index, self.facts)
         self.metrics = None if metrics is None else MetricSet(metrics, config.class_names)
         compare_ignored(self.metrics, self.ignore_index)
@@ -574,7 +523,7 @@ class Evaluator:
 
     def _forward(self, batch: MicroBatch) -> tuple[Any, Any]:
         """Fill in the batch's losses; return output and target on the device."""
-        inputs, target = move(batch.inputs, self.device), move(batch.target, self.device)
+        inputs, target = to_device(batch.inputs, self.device), to_device(batch.target, self.device)
         with self.precision.autocast():
             output = self._predict(inputs)
             self._check(output, batch.target)
@@ -583,10 +532,10 @@ class Evaluator:
                     "The target is a numpy array. Convert it in the dataset: "
                     "torch.from_numpy(mask)."
                 )
-            target = widen(target, output, self.facts)
+            target = cast_target(target, output, self.facts)
             batch.losses = named_losses(self.loss_fn(output, target), self.facts.name)
         if self.model.training:  # a validation loss is reported as it is
-            batch.probes = probes(inputs, target, output, batch.losses["loss"])
+            batch.checks = probes(inputs, target, output, batch.losses["loss"])
         return output, target
 
     def _predict(self, inputs: Any) -> Any:
@@ -605,9 +554,9 @@ class Evaluator:
                 raise ValueError(
                     f"class_names has {len(names)} names, but the model has {classes} classes."
                 )
-            check_labels(target, classes, self.ignore_index, ignore_cure(self.facts))
+            check_labels(target, classes, self.ignore_index, self.facts.ignore_hint)
         elif self.facts.wants_logits:
-            check_labels(target, 2, self.ignore_index, ignore_cure(self.facts))
+            check_labels(target, 2, self.ignore_index, self.facts.ignore_hint)
 
     @contextlib.contextmanager
     def _in_validation(self, number: int, raw: Any) -> Iterator[None]:
@@ -632,7 +581,7 @@ class Evaluator:
             metrics.reset(self.device)
         with modes_restored(self.model), random_state_kept():
             self.model.eval()
-            for number, raw in enumerate(start(loader)):
+            for number, raw in enumerate(open_iterator(loader)):
                 if should_stop():
                     return None
                 with self._in_validation(number, raw):
@@ -650,7 +599,7 @@ class Evaluator:
                     if metrics is not self.metrics and metrics.metrics:
                         classes = metrics.metrics[""].num_classes
                         check_labels(
-                            batch.target, classes, self.ignore_index, ignore_cure(self.facts)
+                            batch.target, classes, self.ignore_index, self.facts.ignore_hint
                         )
                     if metrics.metrics:
                         predicted = prediction(output)
@@ -685,7 +634,7 @@ class OpenEpoch:
         Where in the loader to go on then; see `Feed.state`.
     """
 
-    windows: Windows | None = None
+    windows: AccumulationWindows | None = None
     place: dict[str, Any] = field(default_factory=dict)
     window: list[MicroBatch] = field(default_factory=list)  # read, but its step is not done
     means: dict[str, WeightedMean] = field(default_factory=lambda: {"loss": WeightedMean()})
@@ -806,7 +755,7 @@ def check_loader(name: str, loader: Any) -> None:
             f"{name} is a {type(loader).__name__}, which gives no batches. Pass a DataLoader or a "
             "list."
         )
-    if length(loader) == 0:
+    if num_batches(loader) == 0:
         raise ValueError(f"{name} is empty: its length is 0. {EMPTY_HINT}")
 
 
@@ -1248,7 +1197,7 @@ class Session(SavedRun):
             self.model, self.optimizer, self.precision, self.config.gradient_clip
         )
         self._stepper.clear()
-        self.schedule.check_length(goal - self.epoch, length(self.train_loader), self.batch)
+        self.schedule.check_length(goal - self.epoch, num_batches(self.train_loader), self.batch)
         interrupted: list[bool] = []
 
         def note_interrupt() -> None:
@@ -1311,7 +1260,7 @@ class Session(SavedRun):
         if self._open and self._open.window:
             self._stepper.abandon()
             for batch in self._open.window:
-                batch.losses, batch.probes = {}, {}  # and their graphs
+                batch.clear()
 
     def _enter_epoch(self) -> OpenEpoch:
         """Go on with the open epoch, or begin one: the sampler's epoch, the loader, the counts."""
@@ -1337,7 +1286,7 @@ class Session(SavedRun):
                 )
                 epoch.is_broken = False
         size = self.config.accumulation_steps
-        epoch.windows = Windows(reading, size, self._prepare, epoch.batches)
+        epoch.windows = AccumulationWindows(reading, size, self._prepare, epoch.batches)
         self._open = epoch
         return epoch
 
@@ -1455,8 +1404,7 @@ class Trainer(Session):
             return {}
         self._forward(batch)
         self._stepper.backward(batch.losses["loss"], batch.share)
-        batch.losses = {name: value.detach() for name, value in batch.losses.items()}
-        return {f"train_{name}": value for name, value in batch.losses.items()}
+        return batch.detach_losses()
 
     def _update(self) -> dict[str, Tensor]:
         """Close the window with an optimizer step; return the gradient's norm before clipping."""
