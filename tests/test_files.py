@@ -85,7 +85,10 @@ def test_settings_come_from_the_caller(tmp_path):
     second.load_checkpoint(path)
     group = second.optimizer.param_groups[0]
     assert group["lr"] == pytest.approx(0.003) and group["weight_decay"] == 0.5
-    assert second.run.schedule.scheduler.step_size == 7 and second.run.schedule.scheduler.last_epoch == 2
+    assert (
+        second.run.schedule.scheduler.step_size == 7
+        and second.run.schedule.scheduler.last_epoch == 2
+    )
     assert second.callbacks[0].patience == 4 and second.callbacks[0].best is not None
 
 

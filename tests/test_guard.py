@@ -215,7 +215,10 @@ def test_mixed_precision_from_the_config_on_a_gpu(amp_dtype):
 
 def test_mixed_precision_on_a_cpu_is_full_precision():
     trainer = make_trainer(mixed_precision=True)
-    assert trainer.run.task.precision.dtype is None and not trainer.run.task.precision.scaler.is_enabled()
+    assert (
+        trainer.run.task.precision.dtype is None
+        and not trainer.run.task.precision.scaler.is_enabled()
+    )
 
 
 def test_cuda_without_a_gpu_warns_once_and_trains_on_the_cpu(monkeypatch):

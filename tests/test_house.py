@@ -140,7 +140,9 @@ def test_notebooks_read_as_chapters(path):
     assert re.match(r"# .+\n\n> .+", first)
     prose = sum(len("".join(c["source"]).split()) for c in cells if c["cell_type"] == "markdown")
     assert prose > 15
-    exported = [c for c in cells if "".join(c["source"]).startswith(("#| export\n", "#| exporti\n"))]
+    exported = [
+        c for c in cells if "".join(c["source"]).startswith(("#| export\n", "#| exporti\n"))
+    ]
     for cell in exported:
         source = "".join(cell["source"])
         length = sum(bool(line.strip()) for line in source.splitlines()) - 1

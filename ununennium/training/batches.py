@@ -17,7 +17,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['unpack', 'sample_names', 'quote_names', 'to_device', 'prediction', 'sample_count', 'open_iterator', 'num_batches',
-           'MicroBatch', 'AccumulationWindows', 'bad_rows']
+           'MicroBatch', 'AccumulationWindows']
 
 # %% ../../nbs/training/40_batches.ipynb #batches-006
 def unpack(batch: Any) -> tuple[Any, Any]:
@@ -293,19 +293,3 @@ class AccumulationWindows:
         window, self.window = self.window, []
         set_shares(window)
         return window
-
-# %% ../../nbs/training/40_batches.ipynb #batches-049
-def bad_rows(value: Any) -> list[int]:
-    """Return the positions of samples with a non-finite number.
-
-    Parameters
-    ----------
-    value
-        A tensor `(N, ...)` in host memory. For anything else, such as a tensor on a device or one
-        without a sample dimension, the answer is an empty list.
-    """
-    if not (isinstance(value, Tensor) and value.device.type == "cpu" and value.ndim > 1):
-        return []
-    if not value.is_floating_point():
-        return []
-    return torch.where(~value.flatten(1).isfinite().all(1))[0].tolist()
