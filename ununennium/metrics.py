@@ -29,11 +29,13 @@ def add_weighted(
     if isinstance(weight, Tensor):
         weight = weight * stepped
         total += torch.where(weight > 0, value * weight, 0.0)
-    elif isinstance(stepped, Tensor):
+    elif weight and isinstance(stepped, Tensor):
         total.add_(torch.where(stepped, value, 0.0), alpha=weight)
         weight = stepped * weight
-    elif weight := weight * stepped:
+    elif weight and stepped:
         total.add_(value, alpha=weight)  # multiplied and added in the total's precision
+    else:
+        weight = 0.0
     return weight
 
 # %% ../nbs/10_metrics.ipynb #metrics-011

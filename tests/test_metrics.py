@@ -1,0 +1,156 @@
+"""The parts of the metrics by themselves; tests through a trainer are in test_scores.py."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import DEVICES
+from ununennium import ConfusionMatrix
+from ununennium.metrics import MetricSet, WeightedMean, predicted_classes
+
+NAN = torch.tensor(math.nan)
+
+
+@settings(deadline=None)
+@given(
+    values=st.lists(
+        st.tuples(st.floats(-100, 100, width=32), st.sampled_from([0, 1, 4, 1000]), st.booleans()),
+        min_size=1,
+        max_size=12,
+    ),
+    on_device=st.sampled_from(["nothing", "weight", "stepped", "both"]),
+)
+def test_weighted_mean_counts_what_was_stepped_by_its_divisor(values, on_device):
+    """Whether weight and outcome are numbers or tensors; what does not count may be NaN."""
+    mean, total, divisor = WeightedMean(), 0.0, 0
+    for value, weight, stepped in values:
+        counts = weight > 0 and stepped
+        mean.update(
+            torch.tensor(value) if counts else NAN,
+            torch.tensor(weight) if on_device in ("weight", "both") else weight,
+            torch.tensor(stepped) if on_device in ("stepped", "both") else stepped,
+        )
+        total, divisor = total + value * weight * counts, divisor + weight * counts
+    expected = total / divisor if divisor else math.nan
+    assert mean.compute() == pytest.approx(expected, rel=1e-5, abs=1e-4, nan_ok=True)
+
+
+def test_weighted_mean_keeps_double_precision():
+    mean = WeightedMean()
+    mean.update(torch.tensor(1.0), 2.0**25)
+    for _ in range(4):
+        mean.update(torch.tensor(2.0), 1.0)
+    assert mean.compute() == (2.0**25 + 8) / (2.0**25 + 4) > 1
+
+
+def test_weighted_mean_resumes_and_its_state_is_a_copy():
+    mean, resumed = WeightedMean(), WeightedMean()
+    mean.update(torch.tensor(0.3), torch.tensor(7))
+    resumed.load_state_dict(mean.state_dict(), torch.device("cpu"))
+    for one in (mean, resumed):
+        one.update(torch.tensor(0.7), torch.tensor(2))
+    assert resumed.compute() == mean.compute() == pytest.approx((0.3 * 7 + 0.7 * 2) / 9)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 16, 17])
+@pytest.mark.parametrize("device", DEVICES)
+def test_predicted_classes_are_the_argmax_ties_included(classes, device):
+    scores = torch.randint(3, (2, classes, 6, 6), device=device).float()
+    first = (scores == scores.amax(1, keepdim=True)).byte().cpu().numpy().argmax(1)
+    if device == "cpu":  # argmax on a GPU picks any of equal scores
+        assert (predicted_classes(scores).numpy() == first).all()
+    chosen = scores.gather(1, predicted_classes(scores)[:, None])[:, 0]
+    assert torch.equal(chosen, scores.amax(1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 4, 4), (6, 1, 4, 4)])
+def test_soft_labels_of_one_logit(shape, device):
+    """Half is class 1; NaN and the ignored value count nowhere; with or without a channel."""
+    logit = torch.randn(shape).to(device)
+    truth = torch.rand(shape)
+    truth.view(-1)[:3] = torch.tensor([0.5, math.nan, -1.0])
+    metric = ConfusionMatrix(2, ignore_index=-1)
+    metric.update(logit, truth.to(device))
+    valid = truth >= 0
+    pairs = (truth[valid] >= 0.5).long() * 2 + (logit.cpu()[valid] > 0).long()
+    assert metric.table.flatten().tolist() == pairs.bincount(minlength=4).tolist()
+    metric.compute()
+
+
+@pytest.mark.parametrize(
+    ("label", "found"), [(7, "1 label"), (-3, "1 label"), ((3, 9), "2 labels")]
+)
+def test_labels_outside_the_classes_are_counted_in_the_error(label, found):
+    truth = torch.zeros(2, 4, 4, dtype=torch.int64)
+    truth[0, 0, : len(label) if isinstance(label, tuple) else 1] = torch.tensor(label)
+    metric = ConfusionMatrix(3, ignore_index=255)
+    metric.update(torch.randn(2, 3, 4, 4), truth)
+    with pytest.raises(ValueError, match=rf"Found {found} outside the classes 0\.\.2; ignore_ind"):
+        metric.compute()
+    metric.reset()
+    assert math.isnan(metric.compute()["IoU"]) and not metric.table.any()
+
+
+class Fixed:
+    """A metric that computes what it was given."""
+
+    def __init__(self, value, **facts):
+        self.value, self.updates = value, 0
+        self.__dict__ |= facts
+
+    def update(self, output, target):
+        self.updates += 1
+
+    def compute(self):
+        return self.value
+
+    def reset(self):
+        self.updates = 0
+
+
+def test_metric_set_names_every_number():
+    nested = {"a": {"deep": 1.0}, "b": torch.tensor([2.0, 3.0])}
+    metrics = {
+        "number": Fixed(torch.tensor(0.5)),
+        "vector": Fixed([0.25, 0.75]),
+        "other length": Fixed([1, 2, 3]),
+        "dictionary": Fixed(nested),
+    }
+    scores = MetricSet(metrics, ["water", "land"]).compute()
+    assert scores == {
+        "number": 0.5,
+        "vector/water": 0.25, "vector/land": 0.75,
+        "other length/0": 1.0, "other length/1": 2.0, "other length/2": 3.0,
+        "deep": 1.0, "b/water": 2.0, "b/land": 3.0,
+    }  # fmt: skip
+    assert all(type(value) is float for value in scores.values())
+
+
+def test_metric_set_keeps_equal_names_apart_and_directions_with_them():
+    first, second = (Fixed({"F1": v}, higher_is_better=h) for v, h in ((1.0, True), (2.0, False)))
+    metrics = MetricSet({"one": first, "two": second, "own": Fixed(3.0)})
+    assert metrics.compute() == {"F1": 1.0, "two_F1": 2.0, "own": 3.0}
+    assert metrics.directions == {"F1": "max", "two_F1": "min"}
+
+
+def test_metric_set_drives_all_metrics():
+    one, two = Fixed(1.0), Fixed(2.0)
+    moved = []
+    two.to = moved.append
+    metrics = MetricSet({"one": one, "two": two})
+    metrics.update(torch.zeros(1), torch.zeros(1))
+    assert (one.updates, two.updates) == (1, 1)
+    metrics.reset(torch.device("cpu"))
+    assert (one.updates, two.updates) == (0, 0) and moved == [torch.device("cpu")]
+    assert MetricSet(one).compute() == {"metric": 1.0}
+
+
+def test_metric_set_refuses_what_is_no_metric():
+    with pytest.raises(TypeError, match="metrics is a tuple. Pass a dictionary"):
+        MetricSet((Fixed(1.0),))
+    with pytest.raises(TypeError, match=r"metrics\['F1'\] is a Tensor, which lacks update"):
+        MetricSet({"ok": Fixed(1.0), "F1": torch.zeros(1)})

@@ -1,0 +1,129 @@
+"""The figures, read back from their axes; unusual runs are in test_regressions.py."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ununennium.plots import GREY, plot_chips, plot_history, rgb_of
+
+HISTORY = {
+    "train_loss": [1.2, 0.8, 0.6],
+    "val_loss": [1.1, 0.9, 0.7],
+    "val_IoU": [0.2, 0.4, 0.5],
+    "val_IoU_classes": [1.0, 2.0, 2.0],
+    "val_IoU/water": [0.3, 0.5, 0.7],
+    "val_IoU/town": [math.nan, 0.0, 0.1],
+    "val_accuracy": [0.5, 0.6, 0.7],
+    "lr": [1e-3, 1e-3, 5e-4],
+    "train_skipped_steps": [0.0, 0.0, 0.0],
+}
+
+
+def test_matplotlib_is_imported_with_the_first_figure():
+    code = "import sys, ununennium.plots; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_each_score_has_its_panel_and_every_epoch_its_point():
+    panels = {axis.get_title(): axis for axis in plot_history(HISTORY).axes}
+    assert list(panels) == ["loss", "IoU", "scores", "learning rate"]
+    lines = {title: axis.get_lines() for title, axis in panels.items()}
+    assert [line.get_label() for line in lines["IoU"]] == ["mean", "water", "town"]
+    assert [line.get_label() for line in lines["scores"]] == ["val_accuracy"]
+    for line, name in zip(lines["loss"], ("train_loss", "val_loss"), strict=True):
+        assert line.get_xdata().tolist() == [1, 2, 3]
+        assert line.get_ydata().tolist() == HISTORY[name]
+    assert panels["IoU"].get_ylim() == (-0.03, 1.03) and panels["loss"].get_ylim()[0] == 0
+    constant = plot_history(HISTORY | {"lr": [1e-3] * 3})
+    assert [axis.get_title() for axis in constant.axes] == ["loss", "IoU", "scores"]
+
+
+def test_an_empty_history_is_an_empty_figure():
+    (axis,) = plot_history({}).axes
+    assert not axis.get_lines()
+
+
+def chips(**options):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 4, 6, 6, generator=generator)
+    masks = torch.randint(3, (2, 6, 6), generator=generator)
+    masks[0, :2] = 255
+    predicted = torch.randint(3, (2, 6, 6), generator=generator)
+    return (
+        images,
+        masks,
+        predicted,
+        plot_chips(images, masks, predicted, ignore_index=255, **options),
+    )
+
+
+def pictures(figure):
+    """Return the pictures of a figure: rows, then image, truth, prediction, error."""
+    shown = [torch.tensor(axis.get_images()[0].get_array()) for axis in figure.axes]
+    return [shown[row : row + 4] for row in range(0, len(shown), 4)]
+
+
+def test_chips_show_truth_prediction_error_and_grey():
+    _, masks, predicted, figure = chips()
+    (grey, black, white) = rgb_of(GREY, "black", "white")
+    colours = [rgb_of(patch.get_facecolor())[0] for patch in figure.legends[0].get_patches()]
+    for row, (_, truth, guess, error) in enumerate(pictures(figure)):
+        ignored = masks[row] == 255
+        for picture in (truth, guess, error):
+            assert (picture[ignored] == grey).all()
+        for number in range(3):
+            assert (truth[masks[row] == number] == colours[number]).all()
+            assert (guess[(predicted[row] == number) & ~ignored] == colours[number]).all()
+        wrong = masks[row] != predicted[row]
+        assert (error[wrong & ~ignored] == black).all() and (error[~wrong] == white).all()
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["image", "truth", "prediction", "error", "", "", "", ""]
+
+
+def test_the_legend_names_the_classes_and_nodata_if_there_is_any():
+    def labels(figure):
+        return [text.get_text() for text in figure.legends[0].get_texts()]
+
+    images, masks, predicted, figure = chips()
+    assert labels(figure) == ["0", "1", "2", "no data"]
+    assert labels(chips(class_names=["a", "b", "c"])[-1]) == ["a", "b", "c", "no data"]
+    assert labels(plot_chips(images[1:], masks[1:], predicted[1:])) == ["0", "1", "2"]
+
+
+def test_a_class_has_one_colour_in_both_figures():
+    curves = plot_history({"val_IoU/a": [0.1], "val_IoU/b": [0.2], "val_IoU/c": [0.3]})
+    (axis,) = curves.axes
+    patches = chips()[-1].legends[0].get_patches()
+    for line, patch in zip(axis.get_lines(), patches, strict=False):
+        assert torch.equal(rgb_of(line.get_color()), rgb_of(patch.get_facecolor()))
+
+
+def test_arrays_and_maps_with_a_channel_draw_the_same():
+    images, masks, predicted, figure = chips()
+    again = plot_chips(
+        images.numpy(),
+        masks[:, None].numpy().astype(np.int16),
+        predicted[:, None],
+        ignore_index=255,
+    )
+    for row, other in zip(pictures(figure), pictures(again), strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(row, other, strict=True))
+
+
+def test_figures_are_returned_and_not_left_open():
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    plot_history(HISTORY)
+    chips()
+    assert plt.get_fignums() == before
+
+
+def test_labels_beyond_the_names_are_refused():
+    images, masks, predicted, _ = chips()
+    with pytest.raises(ValueError, match="label 2. .* pass ignore_index=2; otherwise name all"):
+        plot_chips(images[1:], masks[1:], predicted[1:], class_names=["a", "b"])
