@@ -23,6 +23,7 @@ def render(notebook_path: Path) -> tuple[str, dict[str, bytes]]:
     )
     text = re.sub(r"\n\n    <Figure size [^\n]*>\n", "\n", text)
     text = re.sub(r"\]\((?!https?:|README_files)([^)]+\.(?:ipynb|png))\)", r"](nbs/\1)", text)
+    text = text.replace("](../", "](")
     text = re.sub(r"!\[png\]", "![figure]", re.sub(r"\n{3,}", "\n\n", text))
     note = "<!-- Written from nbs/index.ipynb by `make export`. Edit the notebook. -->\n\n"
     return note + text.strip() + "\n", resources["outputs"]

@@ -14,7 +14,6 @@ from ununennium.training.batches import (
     AccumulationWindows,
     BatchReader,
     MicroBatch,
-    bad_rows,
     num_batches,
     open_iterator,
     prediction,
@@ -25,6 +24,7 @@ from ununennium.training.batches import (
     to_device,
     unpack,
 )
+from ununennium.training.finite import bad_rows
 
 IMAGE, MASK = torch.zeros(3, 4, 2, 2), torch.zeros(3, 2, 2, dtype=torch.int64)
 Pair = collections.namedtuple("Pair", ["first", "second"])

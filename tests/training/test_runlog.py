@@ -199,8 +199,8 @@ def test_marks_of_the_learning_rate_and_of_the_best_model(tmp_path):
         make_batches(4), make_batches(1), callbacks=[recorder, CheckpointCallback(tmp_path)]
     )
     trainer.optimizer.param_groups[0]["lr"] = 0.5
-    trainer.schedule.scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 2)
-    trainer.schedule.pace = "epoch"
+    trainer.run.schedule.scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 2)
+    trainer.run.schedule.pace = "epoch"
     trainer.fit(3)
     texts = [mark.text for mark in recorder.log.marks]
     assert "lr 0.5 to 0.05" in texts and texts.count("best") == 1

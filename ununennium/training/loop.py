@@ -21,7 +21,13 @@ __all__ = ['Loop']
 
 # %% ../../nbs/training/70_loop.ipynb #loop-006
 class Loop:
-    """One call of `fit`: the whole training loop. What lasts is in the run."""
+    """One call of `fit`: the whole training loop. What lasts is in the run.
+
+    Parameters
+    ----------
+    run, trainer
+        What is trained, and what every hook gets first.
+    """
 
     def __init__(self, run: Run, trainer: RunView) -> None:
         self.run, self.hooks = run, Hooks(run.callbacks, trainer)
