@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import re
 import time
 
 import numpy as np
@@ -15,8 +14,8 @@ from hypothesis import strategies as st
 import ununennium.training.dashboard as module
 from conftest import make_batches, make_trainer
 from ununennium import Callback, CheckpointCallback, Dashboard
-from ununennium.notebook.kernel import LiveWidgets, has_front_end
-from ununennium.training.dashboard import Charts, Output, Pace, View, progress_display
+from ununennium.notebook.kernel import LiveWidgets
+from ununennium.training.dashboard import Charts, Output, Pace, View
 from ununennium.training.runlog import (
     RunLog,
     RunRecorder,
@@ -538,49 +537,20 @@ def test_a_pace_spends_its_share():
     assert 0.9 < spent < 0.01 * 100 + 0.1 + 0.021
 
 
-# Which display, where.
+# Where nobody looks.
 
 
-def test_headless_runs_need_no_widgets(monkeypatch):
-    assert not has_front_end()
-    assert type(progress_display("auto")).__name__ in ("BarProgress", "TextProgress")
-    assert progress_display("none") is None
+def test_headless_runs_need_no_widgets():
     dashboard = Dashboard()
     make_trainer(make_batches(2), callbacks=[dashboard]).fit(2)  # shows nothing, records all
     assert dashboard.view is None and dashboard.log.epoch == 2
     assert "History of 2 epochs" in module.record_forms(dashboard.log)[1]["text/html"]
 
 
-def test_a_dashboard_of_the_users_is_not_doubled(shown):
-    trainer = make_trainer(make_batches(2), callbacks=[Dashboard()], progress="auto")
-    assert sum(getattr(callback, "is_display", False) for callback in trainer.callbacks) == 1
-    assert type(progress_display("auto")) is Dashboard
-
-
-def test_missing_libraries_are_named(shown, monkeypatch):
-    monkeypatch.setattr(module, "missing_libraries", lambda: ["plotly"])
-    with pytest.warns(
-        UserWarning, match=re.escape("needs plotly: pip install 'ununennium[notebook]'")
-    ):
-        progress_display("auto")
-    with pytest.raises(ImportError, match="needs plotly"):
-        progress_display("dashboard")
-
-
-def test_a_dashboard_where_there_is_no_kernel():
-    with pytest.raises(ValueError, match="needs a Jupyter kernel"):
-        make_trainer(make_batches(2), progress="dashboard")
-
-
 @pytest.mark.parametrize("height", [-5, 200, "tall", 320.5, None])
 def test_a_height_that_is_none_is_refused_at_once(height):
     with pytest.raises(ValueError, match="height in pixels"):
         Dashboard(height=height)
-
-
-def test_one_dashboard_is_enough():
-    with pytest.raises(ValueError, match="2 dashboards"):
-        make_trainer(make_batches(1), callbacks=[Dashboard(), Dashboard()])
 
 
 def test_before_the_first_fit_there_is_nothing_to_show(shown):

@@ -24,9 +24,9 @@ from ununennium.training.batches import (
     sample_names,
     start,
 )
-from .callbacks import Monitor
 from .feed import owners_of
 from .messages import format_bytes
+from .monitor import Monitor
 from .rng import random_state, set_random_state
 from .step import check_gradient
 

@@ -15,13 +15,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..notebook.kernel import LiveWidgets, has_front_end, live_widgets, running_kernel
-from .callbacks import BarProgress, Callback, CheckpointCallback, TextProgress
-from .messages import warn
+from .callbacks import Callback, CheckpointCallback
+from .hooks import Display
 from ununennium.training.runlog import (
     Curve,
     RunLog,
@@ -38,7 +38,7 @@ from ununennium.training.runlog import (
 # %% auto #0
 __all__ = ['FIGURE', 'INK', 'WIDGET', 'PLOTLY', 'COST_OF_A_BATCH', 'BETWEEN_POLLS', 'figure_class', 'plotly_text', 'plotly_style',
            'axes', 'heading', 'empty_figure', 'Charts', 'View', 'live_forms', 'record_forms', 'Output', 'Pace',
-           'enable_widgets', 'LiveRecorder', 'Dashboard', 'missing_libraries', 'progress_display']
+           'enable_widgets', 'LiveRecorder', 'Dashboard']
 
 # %% ../../nbs/training/60_dashboard.ipynb #dashboard-005
 FIGURE = """
@@ -415,7 +415,7 @@ COST_OF_A_BATCH = 3e-6  # seconds, for the notes that are taken of it
 BETWEEN_POLLS = 0.02  # seconds; nobody notices so short a delay of a click
 
 
-class LiveRecorder(RunRecorder):
+class LiveRecorder(RunRecorder, Display):
     """Shows the log of a run in its cell while it goes on, and leaves the record there."""
 
     is_display = True
@@ -625,36 +625,3 @@ class Dashboard(LiveRecorder):
             self.collect(trainer)
             self._save(trainer)
         super().on_train_end(trainer)
-
-# %% ../../nbs/training/60_dashboard.ipynb #dashboard-028
-def missing_libraries() -> list[str]:
-    """Return which of the dashboard's libraries are not installed."""
-    wanted = ("ipywidgets", "plotly", "anywidget")
-    return [name for name in wanted if importlib.util.find_spec(name) is None]
-
-
-def progress_display(progress: str, callbacks: Sequence[Any] = ()) -> Callback | None:
-    """Return the display to add for a `TrainerConfig.progress` value, or None for none."""
-    own = sum(isinstance(callback, Dashboard) for callback in callbacks)
-    if own > 1:
-        raise ValueError(
-            f"callbacks holds {own} dashboards, which would all show the run: pass one."
-        )
-    missing = missing_libraries()
-    hint = f"The dashboard needs {', '.join(missing)}: pip install 'ununennium[notebook]'."
-    if progress == "dashboard":
-        if running_kernel() is None:
-            raise ValueError(
-                "progress='dashboard' needs a Jupyter kernel, and this is none. Pass 'auto', which "
-                "takes a bar or text where there is no notebook."
-            )
-        if missing:
-            raise ImportError(hint)
-        return None if own else Dashboard(always=True)
-    if progress == "auto":
-        if has_front_end() and not missing:
-            return None if own else Dashboard()
-        if has_front_end():
-            warn(f"Progress is shown as text. {hint}")
-        progress = "bar" if sys.stdout.isatty() else "text"
-    return {"bar": BarProgress, "text": TextProgress}[progress]() if progress != "none" else None

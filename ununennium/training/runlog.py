@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from .batches import length, sample_count
-from .callbacks import Callback, CheckpointCallback, class_label
+from .callbacks import CheckpointCallback
+from .hooks import Callback
 from .messages import format_bytes
+from .progress import class_label
 from .state import History
 
 # %% auto #0

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ from ununennium.training.batches import (
     unpack,
     widen,
 )
-from .callbacks import HOOKS, Hooks, direction_of
 from .check import Problems, check
 from ununennium.training.checkpoint import (
     CheckpointError,
@@ -61,12 +60,17 @@ from ununennium.training.checkpoint import (
     save_in_background,
     unwrap,
 )
-from .dashboard import Dashboard, progress_display
 from .feed import Feed, owners_of
+from .hooks import HOOKS, Hooks
 from .messages import warn
+from .monitor import direction_of
+from .progress import default_display, find_dashboard
 from .rng import random_state, set_random_state
 from .state import Progress
 from .step import OptimizerStep, Precision, SkipLog, probes, resolve_device
+
+if TYPE_CHECKING:
+    from ununennium.training.dashboard import Dashboard
 
 # %% auto #0
 __all__ = ['EMPTY_HINT', 'FORMAT', 'FIELDS', 'whole_number', 'TrainerConfig', 'modes_restored', 'TrainingModes',
@@ -852,7 +856,7 @@ class Run(Evaluator):
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.schedule = Schedule(scheduler, self.config)
-        display = progress_display(self.config.progress, callbacks or ())
+        display = default_display(self.config.progress, callbacks or ())
         self.callbacks = [*(callbacks or ()), *([display] if display else [])]
         self.goal = self.config.epochs  # what the running fit works up to
         self._state = Progress()
@@ -921,7 +925,7 @@ class Run(Evaluator):
     @property
     def dashboard(self) -> Dashboard | None:
         """The dashboard, to be shown again in another cell; None if there is none."""
-        return next((c for c in self.callbacks if isinstance(c, Dashboard)), None)
+        return find_dashboard(self.callbacks)
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to stop after the running step. The first reason is kept."""
@@ -1243,7 +1247,7 @@ class Session(SavedRun):
                 )
         self.goal = goal
         self._state.stop_reason = None
-        self._tell = Hooks(self.callbacks, self).tell
+        self._tell = Hooks(self.callbacks, self).call  # pyright: ignore[reportArgumentType]
         self._stepper = OptimizerStep(
             self.model, self.optimizer, self.precision, self.config.gradient_clip
         )
