@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'ConfusionMatrix', 'Dashboard', 'EarlyStopping', 'MaskedLoss',
-           'Trainer', 'TrainerConfig', 'TrainingDiverged', 'class_weights', 'count_classes']
+           'Trainer', 'TrainerConfig', 'TrainingDiverged', 'TrainingWarning', 'class_weights', 'count_classes']
 
 # %% ../nbs/90_api.ipynb #api-003
 __version__ = "0.2.0"
@@ -20,6 +20,7 @@ from ununennium.training import (
     Trainer,
     TrainerConfig,
     TrainingDiverged,
+    TrainingWarning,
 )
 
 _all_ = [
@@ -33,6 +34,7 @@ _all_ = [
     "Trainer",
     "TrainerConfig",
     "TrainingDiverged",
+    "TrainingWarning",
     "class_weights",
     "count_classes",
 ]

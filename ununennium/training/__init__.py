@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'Dashboard', 'EarlyStopping', 'Trainer', 'TrainerConfig',
-           'TrainingDiverged']
+           'TrainingDiverged', 'TrainingWarning']
 
 # %% ../../nbs/training/90_api.ipynb #api-003
 from .callbacks import Callback, CheckpointCallback, EarlyStopping
 from .checkpoint import CheckpointError
 from .dashboard import Dashboard
+from .messages import TrainingWarning
 from .step import TrainingDiverged
 from .trainer import Trainer, TrainerConfig
 
@@ -22,4 +23,5 @@ _all_ = [
     "Trainer",
     "TrainerConfig",
     "TrainingDiverged",
+    "TrainingWarning",
 ]
