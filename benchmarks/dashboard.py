@@ -27,18 +27,18 @@ import time, torch
 from torch import nn
 from ununennium import Trainer, TrainerConfig
 from ununennium.models import UNet
-from ununennium.training.callbacks import Hooks
+from ununennium.training.hooks import Hooks
 torch.set_num_threads(1)
 
 inside = 0.0
-def tell(self, *details, original=Hooks.tell, **options):
+def call(self, *details, original=Hooks.call, **options):
     global inside
     start = time.perf_counter()
     try:
         original(self, *details, **options)
     finally:
         inside += time.perf_counter() - start
-Hooks.tell = tell
+Hooks.call = call
 
 def tiny():
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 5))

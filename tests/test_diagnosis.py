@@ -287,14 +287,6 @@ def test_loading_while_a_fit_runs_is_refused(tmp_path):
         make_trainer(callbacks=[Load()]).fit(1)
 
 
-def test_settings_of_a_checkpoint_callback_are_checked(tmp_path):
-    bad = [("steps", "5"), ("steps", 2.5), ("steps", True), ("steps", 0), ("min", "5"), ("min", 0)]
-    names = {"steps": "every_n_steps", "min": "every_minutes"}
-    for settings in ({names[name]: value} for name, value in bad):
-        with pytest.raises(ValueError, match="must be a (whole )?number, more than 0, or None"):
-            CheckpointCallback(tmp_path, **settings)
-
-
 def test_the_reason_of_a_stop_is_one_line():
     class Broken(Named):
         def __getitem__(self, number):

@@ -1,10 +1,7 @@
 """Rules 12-15, 19 and, at the end of an epoch, 18: monitors, checkpoints, going on."""
 
 import contextlib
-import math
 import pickle
-import shutil
-import warnings
 
 import pytest
 import torch
@@ -183,123 +180,6 @@ def kept(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("top_k", "scores", "expected"),
-    [
-        (1, [0.2, 0.5, 0.4], ["epoch=002-val_IoU=0.5000.pt"]),
-        (1, [0.0, 0.0], ["epoch=001-val_IoU=0.0000.pt"]),
-        (1, [math.nan, math.nan], []),
-        (2, [0.1, math.nan, 0.3, 0.2], ["epoch=003-val_IoU=0.3000.pt",
-                                        "epoch=004-val_IoU=0.2000.pt"]),
-        (0, [0.1, 0.2], []),
-        (-1, [0.1, math.nan, 0.1], ["epoch=001-val_IoU=0.1000.pt", "epoch=002-val_IoU=nan.pt",
-                                    "epoch=003-val_IoU=0.1000.pt"]),
-    ],
-)  # fmt: skip
-def test_top_k(tmp_path, top_k, scores, expected):
-    callback = CheckpointCallback(tmp_path, "val_IoU", "max", save_top_k=top_k)
-    Scores(callback, scores)
-    assert kept(tmp_path) == sorted([*expected, "last.pt", "previous.pt"])
-    if expected and top_k > 0:
-        assert callback.best_score == max(score for score in scores if not math.isnan(score))
-
-
-def test_another_run_in_the_same_folder_deletes_and_overwrites_nothing(tmp_path):
-    (tmp_path / "notes.pt").write_bytes(b"mine")
-    Scores(CheckpointCallback(tmp_path, "val_IoU", "max"), [0.5])
-    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.warns(UserWarning, match="was moved to last-old1.pt"):
-        Scores(CheckpointCallback(tmp_path, "val_IoU", "max"), [0.5, 0.6])
-    now = [path.read_bytes() for path in tmp_path.iterdir()]
-    assert all(content in now for content in first.values())
-    assert kept(tmp_path) == [
-        "epoch=001-val_IoU=0.5000.pt", "epoch=002-val_IoU=0.6000.pt",
-        "last-old1.pt", "last.pt", "notes.pt", "previous.pt",
-    ]  # fmt: skip
-
-
-def test_new_before_old(tmp_path, monkeypatch):
-    """When writing fails, what was there stays, and training goes on with one warning an epoch."""
-    callback = CheckpointCallback(tmp_path, "val_IoU", "max")
-    trainer = Scores(callback, [0.5])
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    callback.on_epoch_end(trainer, 1, {"val_IoU": 0.9})
-    with pytest.warns(UserWarning, match="no checkpoint after epoch 2.* No space left"):
-        callback.on_train_end(trainer)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert callback.best_score == 0.5
-
-
-def test_a_folder_deleted_in_mid_run(tmp_path):
-    class Vandal:
-        def on_epoch_end(self, trainer, epoch, logs):
-            shutil.rmtree(tmp_path / "run", ignore_errors=True)
-
-    callbacks = [CheckpointCallback(tmp_path / "run", "train_loss"), Vandal()]
-    trainer = make_trainer(callbacks=callbacks)
-    trainer.fit(3)
-    assert trainer.epoch == 3
-
-
-def test_an_unwritable_folder_is_refused_before_the_first_step(tmp_path):
-    (tmp_path / "file").write_text("")
-    trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path / "file" / "run", "train_loss")])
-    with warnings.catch_warnings():  # nothing is tried at the end of what did not begin
-        warnings.simplefilter("error")
-        with pytest.raises(CheckpointError, match="cannot be written .* Nothing was trained"):
-            trainer.fit(1)
-    assert trainer.global_step == 0
-    with pytest.raises(CheckpointError, match="could not be written"):
-        trainer.save_checkpoint(tmp_path / "file" / "a.pt")
-    trainer.callbacks.clear()
-    trainer.fit(1)
-
-
-def test_monitors_are_checked():
-    for mode, name in (("min", "val_IoU"), ("max", "val_loss"), ("min", "val_accuracy")):
-        with pytest.raises(ValueError, match="would keep the worst model"):
-            CheckpointCallback("x", monitor=name, mode=mode)
-    with pytest.raises(ValueError, match="no val_loader"):
-        make_trainer(callbacks=[EarlyStopping()]).fit(1)
-    trainer = make_trainer(callbacks=[EarlyStopping("train_los")])
-    with pytest.raises(ValueError, match="Did you mean 'train_loss'"):
-        trainer.fit(3)
-    assert trainer.epoch == 1
-    with pytest.raises(ValueError, match="cannot tell whether 'lr'"):
-        make_trainer(callbacks=[EarlyStopping("lr")]).fit(1)
-
-
-def test_a_metric_says_which_way_is_better():
-    class Odd:
-        higher_is_better = False
-
-        def update(self, output, target):
-            self.value = output.mean()
-
-        def compute(self):
-            return self.value
-
-        def reset(self):
-            pass
-
-    stopping = EarlyStopping("val_quality", patience=1)
-    make_trainer(val=make_batches(1), metrics={"quality": Odd()}, callbacks=[stopping]).fit(1)
-    assert stopping.monitor.mode == "min"
-
-
-def test_the_last_file_is_there_even_if_nothing_is_best(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss", save_top_k=0)]).fit(2)
-    assert kept(tmp_path) == ["last.pt", "previous.pt"]
-
-
 def test_bytes_in_a_file_are_not_unpickled(tmp_path):
     """Workers send their random states pickled; a file that says it has some is not believed."""
     data = torch.utils.data.TensorDataset(*map(torch.cat, zip(*make_batches(4), strict=True)))
@@ -330,13 +210,3 @@ def test_settings_that_lack_something_are_refused_and_leave_no_trace(tmp_path):
         fresh.load_checkpoint(tmp_path / "a.pt")
     assert fresh.optimizer.param_groups[0]["lr"] == 0.02
     assert same_history(fresh.fit(1), same.fit(1)) and same_state(fresh, same)
-
-
-def test_nan_first_is_no_reference():
-    stopping = EarlyStopping("val_loss", patience=2)
-    trainer = make_trainer(val=make_batches(1))
-    stopping.on_train_start(trainer)
-    for epoch, score in enumerate([math.nan, 0.5, math.nan, 0.4, 0.4, 0.4]):
-        assert not trainer.should_stop
-        stopping.on_scores(trainer, epoch, {"val_loss": score})
-    assert trainer.should_stop and stopping.best == 0.4

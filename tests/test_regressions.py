@@ -27,7 +27,6 @@ from ununennium import (
 )
 from ununennium.training.checkpoint import save_file
 from ununennium.training.precision import Precision
-from ununennium.training.progress import BarProgress
 
 
 def spoiled(number=0, count=8):
@@ -219,16 +218,6 @@ class Stream(IterableDataset):
         yield from make_batches(4)
 
 
-def test_loaders_without_a_length():
-    stream = DataLoader(Stream(), batch_size=None)
-    cycle = lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=8)
-    for loader in (stream, iter(make_batches(3))):
-        bar = BarProgress()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            make_trainer(loader, scheduler=cycle, callbacks=[bar]).fit(1)
-
-
 def test_a_loader_that_raised_is_not_taken_as_finished_silently():
     class Failing:
         def __iter__(self):
@@ -336,21 +325,6 @@ def test_workers_survive_two_interrupts(method, tmp_path):
     assert done.stdout.strip() == "fine", done.stdout + done.stderr
 
 
-def test_a_callback_that_exits_does_not_keep_others_from_the_end():
-    ends = []
-
-    class Last(Callback):
-        def on_train_end(self, trainer):
-            ends.append(1)
-
-    def leave(trainer):
-        raise SystemExit(3)
-
-    with pytest.raises(SystemExit):
-        make_trainer(callbacks=[At("on_train_end", 1, leave), Last()]).fit(1)
-    assert ends == [1]
-
-
 def test_an_error_in_on_scores_does_not_cost_the_record_of_the_epoch(tmp_path):
     callbacks = [CheckpointCallback(tmp_path, "train_loss"), At("on_scores", 1, boom)]
     with pytest.raises(RuntimeError, match="boom"):
@@ -406,28 +380,6 @@ def test_another_scheduler_is_refused(tmp_path):
         make_trainer(scheduler=lambda o: lr_scheduler.CosineAnnealingLR(o, 6)).load_checkpoint(path)
 
 
-def test_a_callback_in_another_folder_owns_nothing_there(tmp_path):
-    def run(folder):
-        return make_trainer(callbacks=[CheckpointCallback(tmp_path / folder, "train_loss")])
-
-    run("a").fit(1)
-    run("b").fit(1)
-    before = (tmp_path / "b" / "last.pt").read_bytes()
-    third = run("b")
-    third.load_checkpoint(tmp_path / "a" / "last.pt")
-    third.fit(1)
-    assert (tmp_path / "b" / "last-old1.pt").read_bytes() == before
-
-
-def test_nan_is_never_the_best_of_all(tmp_path):
-    callback = CheckpointCallback(tmp_path, "val_loss", save_top_k=-1)
-    trainer = make_trainer(callbacks=[callback])
-    for epoch, score in enumerate([math.nan, 0.5, 0.4]):
-        callback.on_scores(trainer, epoch, {"val_loss": score})
-        callback.on_epoch_end(trainer, epoch, {"val_loss": score})
-    assert callback.best_score == 0.4 and "0.4000" in callback.best_path.name
-
-
 def test_a_file_of_another_program_or_version(tmp_path):
     trainer = make_trainer()
     path = trainer.save_checkpoint(tmp_path / "a.pt")
@@ -462,16 +414,6 @@ def test_nan_and_soft_targets_of_a_yes_or_no_map():
     assert history["val_accuracy"][-1] > 0.95 and history["val_IoU_classes"][-1] == 2
     with pytest.raises(ValueError, match=r"255 \(\d+ times\)"):
         trainer.validate([(image, target.nan_to_num(255.0))])
-
-
-def test_members_of_a_collection_say_which_way_is_better():
-    from torchmetrics import MetricCollection
-    from torchmetrics.classification import MulticlassF1Score
-
-    collection = MetricCollection({"quality": MulticlassF1Score(3, ignore_index=255)})
-    stopping = EarlyStopping("val_quality")
-    make_trainer(val=make_batches(2), metrics=collection, callbacks=[stopping]).fit(1)
-    assert stopping.monitor.mode == "max"
 
 
 def test_two_tables_keep_their_scores_apart():
@@ -555,27 +497,6 @@ def test_a_frozen_batch_norm_stays_frozen_after_a_look_at_predictions():
     assert model[1].running_mean.any()
 
 
-def test_an_unknown_score_is_not_taken_for_a_loss(tmp_path):
-    class Quality:
-        def reset(self):
-            self.value = 0.0
-
-        def update(self, output, target):
-            self.value += 1.0
-
-        def compute(self):
-            return self.value
-
-    settings = {"val": make_batches(2), "metrics": {"quality": Quality()}}
-    callback = CheckpointCallback(tmp_path, "val_quality")
-    with pytest.raises(ValueError, match="cannot tell whether 'val_quality'"):
-        make_trainer(callbacks=[callback], **settings).fit(1)
-    for mode in ("min", "max"):  # passed, and so meant
-        make_trainer(
-            callbacks=[CheckpointCallback(tmp_path / mode, "val_quality", mode)], **settings
-        ).fit(1)
-
-
 def test_a_validation_loss_that_is_not_finite_is_explained():
     trainer = make_trainer()
     with pytest.warns(UserWarning, match=r"of 1 batch is not finite, at first at batch index 2"):
@@ -619,15 +540,6 @@ def test_data_without_any_valid_pixel_is_reported():
         UserWarning, match="No batch of the validation loader .* ignore_index is 255"
     ):
         make_trainer().validate(nothing)
-
-
-def test_a_best_file_that_is_gone_is_forgotten(tmp_path):
-    callback = CheckpointCallback(tmp_path, "train_loss")
-    trainer = make_trainer(callbacks=[callback], optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
-    trainer.fit(1)
-    callback.best_path.unlink()
-    trainer.fit(1)
-    assert callback.best_path.is_file()
 
 
 class Samples(torch.utils.data.Dataset):

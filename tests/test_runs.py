@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from conftest import make_batches, make_trainer, same_history, same_state
-from ununennium import Callback, EarlyStopping
+from ununennium import Callback
 from ununennium.training.hooks import HOOKS
 
 
@@ -225,50 +225,11 @@ class Diary(Callback):
             setattr(self, hook, lambda trainer, *details, hook=hook: self.entries.append(hook))
 
 
-def test_order_of_the_hooks():
-    diary = Diary()
-    make_trainer(make_batches(2), make_batches(1), callbacks=[diary]).fit(1)
-    assert diary.entries == [
-        "on_train_start", "on_epoch_start", "on_batch_start", "on_batch_end", "on_safepoint",
-        "on_batch_start", "on_batch_end", "on_safepoint", "on_safepoint", "on_scores",
-        "on_epoch_end", "on_train_end",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("error", [RuntimeError("oops"), KeyboardInterrupt()])
-def test_everyone_is_told_of_the_end(hook, error):
-    diary = Diary()
-    trainer = make_trainer(val=make_batches(1), callbacks=[Stop(hook, 1, error), diary])
-    try:
-        trainer.fit(1)
-    except RuntimeError:
-        assert isinstance(error, RuntimeError)
-    except KeyboardInterrupt:
-        assert hook == "on_train_end"
-    if not (hook == "on_train_end" and isinstance(error, KeyboardInterrupt)):
-        assert diary.entries[-1] == "on_train_end"
-    if hook not in ("on_exception", "on_train_end"):
-        assert "on_exception" in diary.entries
-
-
 def test_an_error_in_a_callback_is_the_users_to_see_and_the_epoch_counts():
     trainer = make_trainer(callbacks=[Stop("on_scores", 1, RuntimeError("oops"))])
     with pytest.raises(RuntimeError, match="oops"):
         trainer.fit(2)
     assert trainer.epoch == 1 and len(trainer.history["train_loss"]) == 1
-
-
-def test_a_display_that_fails_is_switched_off():
-    class Broken(Callback):
-        is_display = True
-
-        def on_batch_end(self, trainer, batch, logs):
-            raise OSError("the browser is gone")
-
-    with pytest.warns(UserWarning, match="Broken failed and is switched off") as caught:
-        make_trainer(callbacks=[Broken()]).fit(2)
-    assert len(caught) == 1
 
 
 def test_logs_have_the_keys_of_the_history():
@@ -286,28 +247,6 @@ def test_logs_have_the_keys_of_the_history():
 
 
 # Early stopping.
-
-
-def test_patience_on_a_constant_score():
-    frozen = lambda p: torch.optim.SGD(p, lr=0.0)
-    for patience in (1, 2, 5):
-        trainer = make_trainer(
-            optimizer=frozen, callbacks=[EarlyStopping("train_loss", patience=patience)],
-            model=torch.nn.Conv2d(4, 3, 1),
-        )  # fmt: skip
-        trainer.fit(20)
-        assert trainer.epoch == patience + 1
-        assert "did not improve" in trainer.stop_reason
-
-
-def test_a_fit_after_an_early_stop_trains():
-    trainer = make_trainer(
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.0), model=torch.nn.Conv2d(4, 3, 1),
-        callbacks=[EarlyStopping("train_loss", patience=2)],
-    )  # fmt: skip
-    trainer.fit(20)
-    trainer.fit(20)
-    assert trainer.epoch == 5
 
 
 # Schedulers.

@@ -143,7 +143,7 @@ def test_every_minutes(tmp_path, monkeypatch):
     class Clock(At):
         def on_safepoint(self, trainer, phase):
             clock[0] += 25
-            written.append(keep.saved_step)
+            written.append(keep.files.saved_step)
 
     make_trainer(make_batches(10), callbacks=[keep, Clock(0, None)]).fit(1)
     assert written == [0, 0, 0, 4, 4, 4, 7, 7, 7, 10]
@@ -163,7 +163,9 @@ def test_a_full_disk_is_told_once_and_the_last_good_file_is_intact(tmp_path, mon
     monkeypatch.setattr(torch, "save", full)
     with pytest.warns(UserWarning, match="No space left") as caught:
         trainer.fit(2)
-    assert len([w for w in caught if "checkpoint" in str(w.message)]) == 1
+    during, final = [str(w.message) for w in caught if "checkpoint" in str(w.message)]
+    assert during.startswith("There is no checkpoint after step") and "continues" in during
+    assert final.startswith("The final checkpoint, after epoch 3, could not be written.")
     assert trainer.epoch == 3 and (tmp_path / "last.pt").read_bytes() == good
     assert not list(tmp_path.glob(".*.tmp"))
     monkeypatch.setattr(torch, "save", save)
@@ -211,7 +213,7 @@ def test_a_copy_that_fails_leaves_last_where_it_is(tmp_path, monkeypatch):
 
     monkeypatch.setattr("ununennium.training.callbacks.copy_file", full)
     trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss")])
-    with pytest.warns(UserWarning, match="The best models lack that after epoch 1") as caught:
+    with pytest.warns(UserWarning, match="The best models lack the one after epoch 1") as caught:
         trainer.fit(3)
     assert len(caught) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import threading
 import time
 from concurrent.futures import Future
@@ -540,27 +539,6 @@ def test_headless_runs_need_no_widgets(monkeypatch):
     assert "History of 2 epochs" in record_bundles(dashboard.recorder.log)[1]["text/html"]
 
 
-def test_a_dashboard_of_the_users_is_not_doubled(shown):
-    trainer = make_trainer(make_batches(2), callbacks=[Dashboard()], progress="auto")
-    assert sum(getattr(callback, "is_display", False) for callback in trainer.callbacks) == 1
-    assert type(default_display("auto")) is Dashboard
-
-
-def test_missing_libraries_are_named(shown, monkeypatch):
-    monkeypatch.setattr(progress, "missing_libraries", lambda: ["plotly"])
-    with pytest.warns(
-        UserWarning, match=re.escape("needs plotly: pip install 'ununennium[notebook]'")
-    ):
-        default_display("auto")
-    with pytest.raises(ImportError, match="needs plotly"):
-        default_display("dashboard")
-
-
-def test_a_dashboard_where_there_is_no_kernel():
-    with pytest.raises(ValueError, match="needs a Jupyter kernel"):
-        make_trainer(make_batches(2), progress="dashboard")
-
-
 @pytest.mark.parametrize(
     ("height", "error"),
     [
@@ -571,11 +549,6 @@ def test_a_dashboard_where_there_is_no_kernel():
 def test_a_bad_height_is_refused(height, error):
     with pytest.raises(error, match=r"height=.* must be a whole number, 240 or more"):
         Dashboard(height=height)
-
-
-def test_one_dashboard_is_enough():
-    with pytest.raises(ValueError, match="2 dashboards"):
-        make_trainer(make_batches(1), callbacks=[Dashboard(), Dashboard()])
 
 
 def test_before_the_first_fit_there_is_nothing_to_show(shown):

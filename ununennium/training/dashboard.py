@@ -296,6 +296,11 @@ class LiveRun:
         self.cell.keep_record()
 
 # %% ../../nbs/training/88_dashboard.ipynb #dashboard-032
+def has_page(always: bool) -> bool:
+    """Return whether a page can show the run; `always` counts a kernel without a front end too."""
+    return running_kernel() is not None and (always or has_front_end())
+
+# %% ../../nbs/training/88_dashboard.ipynb #dashboard-034
 class Dashboard(Display):
     """Show a run in its cell, live, with buttons to stop, pause and save it.
 
@@ -324,7 +329,7 @@ class Dashboard(Display):
     def on_train_start(self, trainer: RunView) -> None:
         """Show the widgets in the running cell, and let clicks through."""
         self.recorder.on_train_start(trainer)
-        if running_kernel() is not None and (self.always or has_front_end()):
+        if has_page(self.always):
             if self.cell is not None:
                 self.cell.close()
             self.live = LiveRun(trainer, self.recorder, self.checkpoint_dir, self.height)
@@ -361,8 +366,8 @@ class Dashboard(Display):
             self.recorder.on_train_end(trainer)
 
     def announce(self, text: str) -> None:
-        """Show a message of the run: in the status, or as text if no page shows the run."""
-        if self.live is None or not self.live.announce(text):
+        """Show a message of the run: in the status, or as text before and after a fit."""
+        if not (self.live and self.live.announce(text)) and has_page(self.always):
             print(text, flush=True)
 
     def _ipython_display_(self) -> None:

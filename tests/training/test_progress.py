@@ -1,0 +1,119 @@
+"""How a run is shown: lines, bars, and the choice between them and the dashboard."""
+
+import re
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, IterableDataset
+
+import ununennium.training.progress as module
+from conftest import make_batches, make_trainer
+from ununennium import Dashboard
+from ununennium.notebook.kernel import has_front_end
+from ununennium.training.progress import (
+    BarProgress,
+    TextProgress,
+    default_display,
+    epoch_line,
+    find_dashboard,
+)
+
+
+@pytest.fixture
+def front_end(monkeypatch):
+    """Let the choice believe that a notebook is open, with all libraries."""
+    pytest.importorskip("anywidget")
+    pytest.importorskip("plotly")
+    monkeypatch.setattr(module, "running_kernel", lambda: "a kernel")
+    monkeypatch.setattr(module, "has_front_end", lambda: True)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from make_batches(4)
+
+
+def test_loaders_without_a_length():
+    stream = DataLoader(Stream(), batch_size=None)
+    cycle = lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=8)
+    for loader in (stream, iter(make_batches(3))):
+        bar = BarProgress()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make_trainer(loader, scheduler=cycle, callbacks=[bar]).fit(1)
+
+
+def test_a_headless_run_shows_progress_as_text():
+    assert not has_front_end()
+    assert type(default_display("auto")).__name__ in ("BarProgress", "TextProgress")
+    assert default_display("none") is None
+
+
+def test_a_dashboard_of_the_users_is_not_doubled(front_end):
+    trainer = make_trainer(make_batches(2), callbacks=[Dashboard()], progress="auto")
+    assert sum(getattr(callback, "is_display", False) for callback in trainer.callbacks) == 1
+    assert type(default_display("auto")) is Dashboard
+
+
+def test_missing_libraries_are_named(front_end, monkeypatch):
+    monkeypatch.setattr(module, "missing_libraries", lambda: ["plotly"])
+    with pytest.warns(
+        UserWarning, match=re.escape("needs plotly: pip install 'ununennium[notebook]'")
+    ):
+        default_display("auto")
+    with pytest.raises(ImportError, match="needs plotly"):
+        default_display("dashboard")
+
+
+def test_a_dashboard_where_there_is_no_kernel():
+    with pytest.raises(ValueError, match="needs a Jupyter kernel"):
+        make_trainer(make_batches(2), progress="dashboard")
+
+
+def test_one_dashboard_is_enough():
+    with pytest.raises(ValueError, match="2 dashboards"):
+        make_trainer(make_batches(1), callbacks=[Dashboard(), Dashboard()])
+
+
+def test_the_dashboard_is_found_among_the_callbacks():
+    dashboard = Dashboard()
+    assert find_dashboard([TextProgress(), dashboard]) is dashboard
+    assert find_dashboard([TextProgress()]) is None
+
+
+def test_a_terminal_gets_a_bar_and_a_log_gets_text(monkeypatch):
+    for is_terminal, kind in ((True, BarProgress), (False, TextProgress)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
+        assert type(default_display("auto")) is kind
+
+
+def test_a_line_names_the_worst_class_and_what_went_wrong():
+    scores = {"train_loss": 0.51234, "val_IoU": 0.61, "val_IoU_classes": 2.0, "lr": 0.0003}
+    scores |= {"val_IoU/water": 0.91, "val_IoU/1": 0.31, "val_IoU/snow": float("nan")}
+    scores |= {"train_skipped_steps": 1.0, "train_empty_batches": 2.0}
+    assert epoch_line(SimpleNamespace(goal=20), 4, scores) == (
+        "epoch 5/20  train_loss 0.5123  val_IoU 0.6100 (2 of 3 classes, lowest 0.310 for class 1)"
+        "  lr 0.0003  1 step skipped  2 batches empty"
+    )
+
+
+def test_a_bar_and_text_write_the_same_lines(capsys):
+    for kind in (TextProgress, BarProgress):
+        trainer = make_trainer(make_batches(3), make_batches(1), callbacks=[kind()])
+        trainer.fit(2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[:2] == lines[2:] and lines[1].startswith("epoch 2/2  train")
+
+
+def test_a_bar_announces_above_itself(monkeypatch, capsys):
+    from tqdm import tqdm
+
+    written = []
+    monkeypatch.setattr(tqdm, "write", lambda text, file: written.append((text, file)))
+    BarProgress().announce("Stopping after this step.")
+    TextProgress().announce("Stopping after this step.")
+    assert written == [("Stopping after this step.", sys.stdout)]
+    assert capsys.readouterr().out == "Stopping after this step.\n"
