@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['unpack', 'sample_names', 'quote_names', 'to_device', 'prediction', 'sample_count', 'open_iterator', 'num_batches',
-           'MicroBatch', 'AccumulationWindows']
+__all__ = ['unpack', 'prediction', 'MicroBatch', 'AccumulationWindows']
 
 # %% ../../nbs/training/40_batches.ipynb #batches-006
 def unpack(batch: Any) -> tuple[Any, Any]:

@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointError, copy_file, remove_leftovers
-from .hooks import Callback, RunView, is_fresh, position_of
-from .messages import add_hint, warn, whole_number
-from .monitor import Monitor, direction_of
+from ununennium.training.checkpoint import CheckpointError, copy_file, remove_leftovers
+from ununennium.training.hooks import Callback, RunView, is_fresh, position_of
+from ununennium.training.messages import add_hint, warn, whole_number
+from ununennium.training.monitor import Monitor, direction_of
 
 _all_ = ["Callback"]  # its import path is public
 
 # %% auto #0
-__all__ = ['EarlyStopping', 'CheckpointCallback', 'Callback']
+__all__ = ['EarlyStopping', 'CheckpointCallback']
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-006
 def stop_text(name: str, best: float | None, epoch: int | None, waited: int) -> str:

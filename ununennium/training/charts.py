@@ -19,7 +19,7 @@ from .runlog import RunLog, events
 from .status import GREY, record_html, record_text, status_html
 
 # %% auto #0
-__all__ = ['View', 'CellOutput', 'display_run']
+__all__ = []
 
 # %% ../../nbs/training/86_charts.ipynb #charts-006
 LIBRARY_SCRIPT = """

@@ -27,7 +27,7 @@ from .session import hint_for
 from .step import check_gradient, gradient_norm
 
 # %% auto #0
-__all__ = ['Problems', 'check']
+__all__ = []
 
 # %% ../../nbs/training/78_check.ipynb #check-006
 @contextlib.contextmanager

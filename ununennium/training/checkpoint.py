@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['CheckpointError', 'remove_leftovers', 'plain', 'checksum', 'save_file', 'copy_file', 'load_file', 'newest_first',
-           'copy_to_host', 'finish_writing', 'save_in_background']
+__all__ = ['CheckpointError', 'save_file', 'load_file']
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-005
 class CheckpointError(RuntimeError):

@@ -19,7 +19,7 @@ from .parts import EMPTY_HINT
 from .step import Step
 
 # %% auto #0
-__all__ = ['OpenEpoch', 'epoch_state', 'load_epoch', 'check_end']
+__all__ = ['OpenEpoch']
 
 # %% ../../nbs/training/62_epoch.ipynb #epoch-006
 @dataclass

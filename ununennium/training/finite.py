@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['CHECKED', 'HINTS', 'finite_sum', 'finite_checks', 'first_bad', 'bad_rows']
+__all__ = []
 
 # %% ../../nbs/training/49_finite.ipynb #finite-006
 def finite_sum(value: Any) -> Tensor | None:

@@ -18,7 +18,7 @@ from .config import TrainerConfig
 from .messages import warn
 
 # %% auto #0
-__all__ = ['HOOKS', 'RunView', 'is_fresh', 'position_of', 'Callback', 'Display', 'Hooks']
+__all__ = ['RunView', 'Callback', 'Display', 'Hooks']
 
 # %% ../../nbs/training/25_hooks.ipynb #hooks-006
 class RunParts(Protocol):

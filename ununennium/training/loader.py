@@ -25,7 +25,7 @@ from .recording import ResumableSampler, WorkerStates, report_states, unpickled
 from .rng import parts_of, random_state, random_state_kept, set_random_state
 
 # %% auto #0
-__all__ = ['owners_of', 'LoaderIterator', 'ResumableLoader']
+__all__ = ['ResumableLoader']
 
 # %% ../../nbs/training/45_loader.ipynb #loader-007
 _kept_in_forks: list[Any] = []

@@ -20,7 +20,7 @@ from ..losses import MaskedLoss
 from .batches import sample_count
 
 # %% auto #0
-__all__ = ['LossSpec', 'inspect_loss', 'batch_weight', 'named_losses', 'agreed_ignore_index']
+__all__ = ['LossSpec']
 
 # %% ../../nbs/training/42_loss_spec.ipynb #loss_spec-005
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 import warnings
 
 # %% auto #0
-__all__ = ['TrainingWarning', 'warn', 'whole_number', 'add_hint', 'format_bytes']
+__all__ = ['TrainingWarning']
 
 # %% ../../nbs/training/10_messages.ipynb #messages-006
 class TrainingWarning(UserWarning):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 # %% auto #0
-__all__ = ['modes_restored', 'TrainingModes']
+__all__ = ['TrainingModes']
 
 # %% ../../nbs/training/46_modes.ipynb #modes-005
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from .hooks import RunView
 
 # %% auto #0
-__all__ = ['direction_of', 'Monitor']
+__all__ = ['Monitor']
 
 # %% ../../nbs/training/27_monitor.ipynb #monitor-006
 # Without dice and jaccard, which are losses as often as scores.

@@ -18,7 +18,7 @@ from .hooks import HOOKS
 from .messages import warn
 
 # %% auto #0
-__all__ = ['EMPTY_HINT', 'check_parts']
+__all__ = []
 
 # %% ../../nbs/training/47_parts.ipynb #parts-006
 def check_model(model: object, optimizer: object) -> None:

@@ -17,7 +17,7 @@ from .runlog import RunLog, Series, events
 from .status import GREY
 
 # %% auto #0
-__all__ = ['Curve', 'loss_curves', 'rate_curves', 'score_curves', 'picture_html']
+__all__ = []
 
 # %% ../../nbs/training/84_picture.ipynb #picture-006
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#8c8c8c")

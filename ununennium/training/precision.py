@@ -15,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from .messages import warn
 
 # %% auto #0
-__all__ = ['resolve_device', 'Precision']
+__all__ = ['Precision']
 
 # %% ../../nbs/training/48_precision.ipynb #precision-008
 def best_device() -> str:

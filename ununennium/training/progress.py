@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ununennium.training.dashboard import Dashboard
 
 # %% auto #0
-__all__ = ['class_label', 'TextProgress', 'BarProgress', 'find_dashboard', 'default_display']
+__all__ = ['TextProgress', 'BarProgress']
 
 # %% ../../nbs/training/32_progress.ipynb #progress-006
 def class_label(name: str) -> str:

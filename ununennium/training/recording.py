@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from .rng import generators_in, random_state, random_state_kept, set_random_state
 
 # %% auto #0
-__all__ = ['ResumableSampler', 'unpickled', 'WorkerStates', 'report_states']
+__all__ = []
 
 # %% ../../nbs/training/44_recording.ipynb #recording-011
 def add_to_checksum(checksum: int, index: Any) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .checkpoint import CheckpointError
 
 # %% auto #0
-__all__ = ['unwrap', 'model_state', 'load_model', 'check_tensors', 'group_settings', 'load_optimizer', 'load_scheduler']
+__all__ = []
 
 # %% ../../nbs/training/22_restore.ipynb #restore-008
 def unwrap(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['parts_of', 'generators_in', 'random_state', 'set_random_state', 'seed_all', 'random_state_kept']
+__all__ = []
 
 # %% ../../nbs/training/14_rng.ipynb #rng-005
 Generator: TypeAlias = torch.Generator | np.random.Generator | np.random.RandomState | random.Random

@@ -30,8 +30,7 @@ from .step import Step, Stepper
 from .task import BatchMethods, Task
 
 # %% auto #0
-__all__ = ['Run', 'build_run', 'random_owners', 'note_random_state', 'restore_random_state', 'enter_epoch', 'announce_epoch',
-           'count_step', 'make_stepper', 'close_epoch', 'end_of_loader', 'RunFacts']
+__all__ = ['Run', 'build_run', 'RunFacts']
 
 # %% ../../nbs/training/65_run.ipynb #run-005
 @dataclass

@@ -22,7 +22,7 @@ from .callbacks import CheckpointCallback
 from .hooks import Callback, RunView
 
 # %% auto #0
-__all__ = ['Series', 'RunLog', 'add_mark', 'events', 'RunRecorder']
+__all__ = ['RunLog', 'RunRecorder']
 
 # %% ../../nbs/training/82_runlog.ipynb #runlog-006
 def mean_of_known(values: np.ndarray) -> np.ndarray:

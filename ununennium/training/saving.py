@@ -21,7 +21,7 @@ from .rng import random_state, random_state_kept, set_random_state
 from .run import Run, random_owners
 
 # %% auto #0
-__all__ = ['run_state', 'load_run_state', 'take_over', 'resume']
+__all__ = ['resume']
 
 # %% ../../nbs/training/75_saving.ipynb #saving-006
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .run import Run, note_random_state, restore_random_state
 from .step import Stepper
 
 # %% auto #0
-__all__ = ['hint_for', 'session']
+__all__ = ['session']
 
 # %% ../../nbs/training/67_session.ipynb #session-006
 @contextlib.contextmanager
@@ -65,6 +65,18 @@ def termination_noted(note: Callable[[], None]) -> Iterator[None]:
             signal.raise_signal(signal.SIGTERM)
 
 # %% ../../nbs/training/67_session.ipynb #session-012
+@contextlib.contextmanager
+def interrupt_noted(run: Run, hooks: Hooks) -> Iterator[list[int]]:
+    """Ask the run to stop at the first interrupt, and raise the second; yield what came."""
+
+    def note() -> None:
+        run.progress.request_stop("interrupted")
+        hooks.announce("Stopping after this step. Interrupt again to stop at once.")
+
+    with signal_noted(signal.SIGINT, note, raise_interrupt) as interrupted:
+        yield interrupted
+
+# %% ../../nbs/training/67_session.ipynb #session-014
 def hint_for(error: BaseException, batch_size: float, accumulation_steps: int) -> str:
     """Return what to do about an error that does not say so itself; empty if it does."""
     text = str(error)
@@ -90,7 +102,7 @@ def hint_for(error: BaseException, batch_size: float, accumulation_steps: int) -
         )
     return ""
 
-# %% ../../nbs/training/67_session.ipynb #session-015
+# %% ../../nbs/training/67_session.ipynb #session-017
 def abandon_window(run: Run, stepper: Stepper, error: BaseException) -> None:
     """Take back what an unfinished window has computed, and note why the run stopped."""
     window = run.open.window if run.open else []
@@ -105,7 +117,7 @@ def abandon_window(run: Run, stepper: Stepper, error: BaseException) -> None:
     is_interrupt, line = isinstance(error, KeyboardInterrupt), str(error).strip().partition("\n")[0]
     run.progress.request_stop("interrupted" if is_interrupt else f"{type(error).__name__}: {line}")
 
-# %% ../../nbs/training/67_session.ipynb #session-018
+# %% ../../nbs/training/67_session.ipynb #session-020
 def check_loaders(run: Run) -> None:
     """Raise if a loader can be read once and this `fit` is of several epochs."""
     epochs = run.goal - run.progress.epoch
@@ -117,6 +129,15 @@ def check_loaders(run: Run) -> None:
             )
 
 # %% ../../nbs/training/67_session.ipynb #session-021
+def prepare(run: Run, stepper: Stepper) -> None:
+    """Check loaders and schedule for the epochs to come; forget old requests and gradients."""
+    check_loaders(run)
+    run.progress.clear_requests()
+    stepper.clear()
+    epochs = run.goal - run.progress.epoch
+    run.schedule.check_length(epochs, num_batches(run.train_loader), run.batch)
+
+# %% ../../nbs/training/67_session.ipynb #session-024
 @contextlib.contextmanager
 def marked_as_running(run: Run) -> Iterator[None]:
     """Set `run.is_running` in the block."""
@@ -126,7 +147,7 @@ def marked_as_running(run: Run) -> Iterator[None]:
     finally:
         run.is_running = False
 
-# %% ../../nbs/training/67_session.ipynb #session-023
+# %% ../../nbs/training/67_session.ipynb #session-026
 @contextlib.contextmanager
 def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
     """Set up a `fit`, and put everything back however it ends.
@@ -141,20 +162,12 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
         Calls `on_exception` and `on_train_end`, each for every callback.
     """
 
-    def note_interrupt() -> None:
-        run.progress.request_stop("interrupted")
-        hooks.announce("Stopping after this step. Interrupt again to stop at once.")
-
-    check_loaders(run)
-    run.progress.clear_requests()
-    stepper.clear()
-    epochs = run.goal - run.progress.epoch
-    run.schedule.check_length(epochs, num_batches(run.train_loader), run.batch)
+    prepare(run, stepper)
     with (
         marked_as_running(run),
         termination_noted(lambda: run.progress.request_stop("asked to terminate")),
         modes_restored(run.task.model),
-        signal_noted(signal.SIGINT, note_interrupt, raise_interrupt) as interrupted,
+        interrupt_noted(run, hooks) as interrupted,
     ):
         run.modes.apply(run.task.model)
         try:

@@ -21,7 +21,7 @@ from .messages import warn
 from .step import Step, TrainingDiverged
 
 # %% auto #0
-__all__ = ['DivergenceTrail', 'SkippedSteps']
+__all__ = ['SkippedSteps']
 
 # %% ../../nbs/training/57_skips.ipynb #skips-006
 def find_culprit(window: list[MicroBatch]) -> tuple[MicroBatch, str]:

@@ -12,22 +12,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # %% auto #0
-__all__ = ['HEADER', 'History', 'Progress']
+__all__ = ['History', 'Progress']
 
 # %% ../../nbs/training/12_state.ipynb #state-005
-HEADER = ("first", "last", "min", "max")
+_HEADER = ("first", "last", "min", "max")
 
 
 class History(dict[str, list[float]]):
     """Scores by name, one number per epoch. Notebooks show a summary of it."""
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        rows = [(_title(self), *HEADER), *summary_rows(self)]
+        rows = [(_title(self), *_HEADER), *summary_rows(self)]
         lines = (f"{name:24s}" + "".join(f"{cell:>10s}" for cell in row) for name, *row in rows)
         printer.text("\n".join(lines))
 
     def _repr_html_(self) -> str:
-        head = _html_row("th", (_title(self), *HEADER))
+        head = _html_row("th", (_title(self), *_HEADER))
         return f"<table>{head}{''.join(_html_row('td', row) for row in summary_rows(self))}</table>"
 
 # %% ../../nbs/training/12_state.ipynb #state-007

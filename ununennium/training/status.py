@@ -12,7 +12,7 @@ from .runlog import RunLog
 from .state import History
 
 # %% auto #0
-__all__ = ['GREY', 'STATE_COLOURS', 'MUTED', 'record_text', 'status_html', 'record_html']
+__all__ = []
 
 # %% ../../nbs/training/83_status.ipynb #status-006
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from .batches import MicroBatch
 from .precision import Precision
 
 # %% auto #0
-__all__ = ['BufferGuard', 'gradient_norm', 'check_gradient', 'Step', 'Stepper', 'TrainingDiverged']
+__all__ = ['Step', 'Stepper', 'TrainingDiverged']
 
 # %% ../../nbs/training/55_step.ipynb #step-007
 class BufferGuard:

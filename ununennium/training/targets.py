@@ -15,7 +15,7 @@ from .batches import prediction
 from .loss_spec import LossSpec
 
 # %% auto #0
-__all__ = ['check_shapes', 'labels_outside', 'check_labels', 'cast_target']
+__all__ = []
 
 # %% ../../nbs/training/43_targets.ipynb #targets-008
 def describe(output: Tensor, target: Tensor) -> str:
