@@ -161,7 +161,6 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
     hooks
         Calls `on_exception` and `on_train_end`, each for every callback.
     """
-
     prepare(run, stepper)
     with (
         marked_as_running(run),
