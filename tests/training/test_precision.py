@@ -113,19 +113,31 @@ def test_a_backward_pass_after_unscaling_is_refused():
     precision.scale(weight.sum()).backward()
     precision.unscale(optimizer)
     with pytest.raises(RuntimeError, match="scaled gradients to unscaled ones. Call unscale"):
-        precision.scale(weight.sum())
+        precision.scale(weight.sum(), optimizer)
     precision.update()
-    precision.scale(weight.sum())
+    precision.scale(weight.sum(), optimizer)
+
+
+def test_each_optimizer_is_unscaled_once():
+    precision, weight, optimizer = scaled()
+    other = torch.ones(2, requires_grad=True)
+    second = torch.optim.SGD([other])
+    precision.scale(weight.sum() + other.sum()).backward()
+    for each in (optimizer, second, optimizer, second):
+        precision.unscale(each)
+    assert weight.grad.tolist() == [1.0] * 3 and other.grad.tolist() == [1.0] * 2
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_without_a_scale_nothing_is_unscaled_or_refused(dtype):
+def test_without_a_scale_gradients_stay_as_they_are(dtype):
     precision, weight, optimizer = scaled(dtype)
     scaler = precision.scaler
     for _ in range(2):
         precision.scale(weight.sum()).backward()
         precision.unscale(optimizer)
-    assert weight.grad.tolist() == [2.0] * 3 and not precision.is_unscaled
+    assert weight.grad.tolist() == [2.0] * 3
+    with pytest.raises(RuntimeError, match="scaled gradients to unscaled ones"):
+        precision.scale(weight.sum(), optimizer)  # refused alike, so that a GPU is no surprise
     precision.update()
     precision.forget_unscaled()
     assert precision.scaler is scaler and scaler.state_dict() == {}
@@ -138,7 +150,7 @@ def test_a_forgotten_unscale_keeps_the_state_of_the_scaler():
         precision.unscale(optimizer)
         before = precision.scaler.state_dict()
         precision.forget_unscaled()
-        assert precision.scaler.state_dict() == before and not precision.is_unscaled
+        assert precision.scaler.state_dict() == before and not precision.unscaled
         weight.grad = None
         precision.scale((gradient * weight).sum()).backward()
         precision.unscale(optimizer)

@@ -103,7 +103,7 @@ class Precision:
         self.device = device
         self.dtype = dtype
         self.scaler = GradScaler(device.type, enabled=dtype is torch.float16)
-        self.is_unscaled = False  # the gradients, since the last update
+        self.unscaled: set[int] = set()  # optimizers whose gradients are, since the last update
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return the context for a forward pass."""
@@ -111,9 +111,9 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss times the scale; raise `RuntimeError` after `unscale`."""
-        if self.is_unscaled:
+    def scale(self, loss: Tensor, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+        """Return the loss times the scale; raise `RuntimeError` after `unscale(optimizer)`."""
+        if optimizer is not None and id(optimizer) in self.unscaled:
             raise RuntimeError(
                 "This backward pass would add scaled gradients to unscaled ones. Call unscale() "
                 "after the last backward pass of a window."
@@ -122,16 +122,16 @@ class Precision:
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the optimizer's gradients by the scale, once until `update`."""
-        if self.scaler.is_enabled() and not self.is_unscaled:
-            self.is_unscaled = True
-            self.scaler.unscale_(optimizer)
+        if id(optimizer) not in self.unscaled:
+            self.unscaled.add(id(optimizer))
+            self.scaler.unscale_(optimizer)  # does nothing without a scale
 
     def update(self) -> None:
         """Adapt the scale after a step, on the device."""
         self.scaler.update()
-        self.is_unscaled = False
+        self.unscaled.clear()
 
     def forget_unscaled(self) -> None:
         """Forget that gradients were unscaled for a step that was never taken."""
-        self.is_unscaled = False
+        self.unscaled.clear()
         self.scaler = renewed(self.scaler, self.device)

@@ -227,7 +227,7 @@ class Stepper:
         check_gradient(loss)
         if isinstance(share, Tensor) or share != 1.0:
             loss = loss * share
-        self.precision.scale(loss).backward()
+        self.precision.scale(loss, self.guarded.optimizer).backward()
 
     def unscale(self) -> None:
         """Divide the gradients by the loss scale, once per window; `step` does it if you do not."""
@@ -251,7 +251,7 @@ class Stepper:
     def clear(self) -> None:
         """Drop all gradients, and forget that they were unscaled."""
         self.gradients.clear()
-        if self.precision.is_unscaled:
+        if self.precision.unscaled:
             self.precision.forget_unscaled()
 
     def abandon(self) -> None:
