@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from .config import TrainerConfig
 from .finite import finite_checks
 from .loss_spec import agreed_ignore_index, batch_weight
 from .loss_spec import inspect_loss, named_losses
+from .messages import add_hint
 from .precision import Precision, resolve_device
 from .targets import cast_target, check_labels, check_shapes
 
@@ -126,7 +127,7 @@ def run_forward(task: Task, batch: MicroBatch) -> tuple[Any, Any]:
         output = call_model(task, inputs)
         check_output(task, output, batch.target)
         target = cast_target(target, output, task.spec)
-        batch.losses = named_losses(task.loss_fn(output, target), task.spec.name)
+        batch.losses = named_losses(call_loss(task, output, target), task.spec.name)
     if task.model.training:  # a validation loss is reported as it is
         batch.checks = finite_checks(inputs, target, output, batch.losses["loss"])
     return output, target
@@ -142,6 +143,26 @@ def call_model(task: Task, inputs: Any) -> Any:
         raise explained from error
 
 # %% ../../nbs/training/50_task.ipynb #task-018
+def call_loss(task: Task, output: Any, target: Any) -> Any:
+    """Return what the loss function returns; add a hint if it cannot take the model's output."""
+    try:
+        return task.loss_fn(output, target)
+    except (TypeError, AttributeError) as error:
+        if isinstance(output, (Mapping, tuple, list)):
+            kind, part = type(output).__name__, '["out"]' if isinstance(output, Mapping) else "[0]"
+            add_hint(
+                error,
+                f"The loss gets the whole output of the model, a {kind}. Write a loss that takes "
+                f"output{part} from it.",
+            )
+        raise
+
+
+def has_no_prediction(output: Any) -> bool:
+    """Return whether the output is a dictionary without `out`, which has nothing to score."""
+    return isinstance(output, Mapping) and "out" not in output
+
+# %% ../../nbs/training/50_task.ipynb #task-021
 def check_output(task: Task, output: Any, target: Any) -> None:
     """Raise a `ValueError` if the output does not fit the target (on the host) or the settings."""
     if isinstance(target, np.ndarray):
@@ -150,7 +171,7 @@ def check_output(task: Task, output: Any, target: Any) -> None:
         )
     spec, names = task.spec, task.config.class_names
     check_shapes(output, target, spec)
-    if not (spec.wants_classes or spec.wants_logits):
+    if not (spec.wants_classes or spec.wants_logits) or has_no_prediction(output):
         return
     classes = prediction(output).shape[1] if spec.wants_classes else 2
     if spec.wants_classes and names is not None and len(names) != classes:
