@@ -28,7 +28,7 @@ __all__ = ['session']
 def signal_noted(
     number: int, note: Callable[[], None], again: Callable[[], None]
 ) -> Iterator[list[int]]:
-    """Call `note` at the first signal, `again` at each later one; yield the list of the first."""
+    """Call `note` at the first signal, `again` at later ones; yield the list of noted signals."""
     noted: list[int] = []
 
     def handle(received: int, frame: Any) -> None:
@@ -67,7 +67,7 @@ def termination_noted(note: Callable[[], None]) -> Iterator[None]:
 # %% ../../nbs/training/67_session.ipynb #session-012
 @contextlib.contextmanager
 def interrupt_noted(run: Run, hooks: Hooks) -> Iterator[list[int]]:
-    """Ask the run to stop at the first interrupt, and raise the second; yield the noted one."""
+    """Ask the run to stop at the first interrupt, raise the second; yield the noted signals."""
 
     def note() -> None:
         run.progress.request_stop("interrupted")
@@ -159,7 +159,7 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
     stepper
         Holds the gradients; they are cleared before and after.
     hooks
-        Calls `on_exception` and `on_train_end`. Every callback gets them, even if another one fails.
+        Calls `on_exception` and `on_train_end`, for every callback even if another one fails.
     """
     prepare(run, stepper)
     with (
