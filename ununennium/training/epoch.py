@@ -98,6 +98,20 @@ def load_epoch(state: dict[str, Any], device: torch.device) -> OpenEpoch:
     return epoch
 
 # %% ../../nbs/training/62_epoch.ipynb #epoch-018
+def warn_of_gaps(epoch: OpenEpoch, number: int) -> None:
+    """Warn if the loader may have lost a batch, or if no batch had a valid pixel."""
+    if epoch.windows is not None and epoch.windows.raised:
+        warn(
+            f"train_loader raised an error on the way, so epoch {number + 1}, of "
+            f"{epoch.batches} batches, may lack one or more."
+        )
+    if epoch.empty == epoch.batches:
+        warn(
+            f"No batch of train_loader has a valid pixel in epoch {number + 1}: nothing was "
+            "learned."
+        )
+
+# %% ../../nbs/training/62_epoch.ipynb #epoch-019
 def check_end(epoch: OpenEpoch, number: int) -> None:
     """Raise if the loader gave no batch; warn if it lost some, or if all were empty.
 
@@ -110,13 +124,4 @@ def check_end(epoch: OpenEpoch, number: int) -> None:
     """
     if not epoch.batches:
         raise ValueError(f"train_loader gave no batch in epoch {number + 1}. {EMPTY_HINT}")
-    if epoch.windows is not None and epoch.windows.raised:
-        warn(
-            f"train_loader raised an error on the way, so epoch {number + 1}, of "
-            f"{epoch.batches} batches, may lack one or more."
-        )
-    if epoch.empty == epoch.batches:
-        warn(
-            f"No batch of train_loader has a valid pixel in epoch {number + 1}: nothing was "
-            "learned."
-        )
+    warn_of_gaps(epoch, number)
