@@ -499,7 +499,7 @@ def test_a_frozen_batch_norm_stays_frozen_after_a_look_at_predictions():
 
 def test_a_validation_loss_that_is_not_finite_is_explained():
     trainer = make_trainer()
-    with pytest.warns(UserWarning, match=r"of 1 batch is not finite, at first at batch index 2"):
+    with pytest.warns(UserWarning, match=r"of 1 batch is not finite, first at batch index 2"):
         scores = trainer.validate(spoiled(2, 4))
     assert math.isnan(scores["val_loss"])
     with pytest.raises(CheckpointError, match="best_path is None until"):

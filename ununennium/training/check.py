@@ -25,6 +25,7 @@ from .rng import random_state_kept
 from .run import Run, random_owners
 from .session import hint_for
 from .step import check_gradient, gradient_norm
+from .targets import labels_outside
 
 # %% auto #0
 __all__ = []
@@ -32,7 +33,7 @@ __all__ = []
 # %% ../../nbs/training/78_check.ipynb #check-006
 @contextlib.contextmanager
 def tensors_restored(model: nn.Module) -> Iterator[None]:
-    """Restore a model's buffers and gradients at the end; there are no gradients in the block."""
+    """Begin without gradients; restore a model's gradients and buffers at the end."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
@@ -57,7 +58,7 @@ def loaders_restored(*loaders: Any) -> Iterator[None]:
         for loader, state in states:
             loader.load_state_dict(state)
 
-# %% ../../nbs/training/78_check.ipynb #check-010
+# %% ../../nbs/training/78_check.ipynb #check-012
 @contextlib.contextmanager
 def untouched(run: Run) -> Iterator[None]:
     """Restore everything that a forward and backward pass changes, at the end of the block."""
@@ -69,7 +70,7 @@ def untouched(run: Run) -> Iterator[None]:
     ):
         yield
 
-# %% ../../nbs/training/78_check.ipynb #check-012
+# %% ../../nbs/training/78_check.ipynb #check-014
 def first_batch(loader: Any) -> Any:
     """Return a loader's first batch, or None if it has none or can be read only once."""
     if isinstance(loader, Iterator):
@@ -79,7 +80,7 @@ def first_batch(loader: Any) -> Any:
         loader.__dict__ |= {"_iterator": None, "persistent_workers": False}  # not the run's own
     return next(open_iterator(loader), None)
 
-# %% ../../nbs/training/78_check.ipynb #check-015
+# %% ../../nbs/training/78_check.ipynb #check-017
 def shape_of(value: Any) -> str:
     """Return shape and dtype of a tensor, or the type of anything else."""
     if isinstance(value, Tensor):
@@ -93,9 +94,9 @@ def channel_statistics(image: Tensor) -> tuple[Tensor, Tensor]:
     channels = torch.where(channels.isfinite(), channels, 0.0)
     return channels.mean(1), channels.std(1)
 
-# %% ../../nbs/training/78_check.ipynb #check-016
+# %% ../../nbs/training/78_check.ipynb #check-020
 def inspect_image(image: Any, names: Any) -> tuple[str, list[str]]:
-    """Return what an image batch `(N, C, ...)` is like, and what is wrong with it."""
+    """Return what an image batch `(N, C, ...)` shows, and what is wrong with it."""
     report, problems = shape_of(image), []
     if not isinstance(image, Tensor) or image.ndim < 3:
         return report, problems
@@ -116,24 +117,20 @@ def inspect_image(image: Any, names: Any) -> tuple[str, list[str]]:
         problems.append(f"Channels {still} have the same value everywhere in this batch.")
     return report, problems
 
-# %% ../../nbs/training/78_check.ipynb #check-019
+# %% ../../nbs/training/78_check.ipynb #check-023
 def inspect_values(target: Tensor) -> str:
-    """Return mean, standard deviation and the share of non-finite values of a float target."""
+    """Return mean, standard deviation and share of non-finite values of a float target, as text."""
     valid, text = target[target.isfinite()], ""
     if valid.numel():
         text = f"; mean {valid.mean():.3g}, standard deviation {valid.std():.3g}"
     return f"{text}; {1 - valid.numel() / max(1, target.numel()):.1%} not finite"
 
-# %% ../../nbs/training/78_check.ipynb #check-020
-def inspect_target(
-    target: Any, classes: int | None, ignore_index: int | None
+# %% ../../nbs/training/78_check.ipynb #check-026
+def inspect_labels(
+    target: Tensor, classes: int | None, ignore_index: int | None
 ) -> tuple[str, list[str]]:
-    """Return which labels a target has, and what is wrong with them."""
-    report, problems = shape_of(target), []
-    if not isinstance(target, Tensor):
-        return report, problems
-    if target.is_floating_point():
-        return report + inspect_values(target), problems
+    """Return which labels an integer target has, and what is wrong with them."""
+    report, problems = "", []
     values, counts = target.flatten().unique(return_counts=True)
     valid = values != ignore_index if ignore_index is not None else torch.ones_like(values) > 0
     total, labels = max(1, int(counts.sum())), values[valid].tolist()
@@ -143,7 +140,7 @@ def inspect_target(
     if not seen:
         problems.append("The batch has no label that counts: all of it is ignored.")
     if classes is not None and classes > 1:
-        if outside := [v for v in labels if not 0 <= v < classes]:
+        if outside := list(labels_outside(target, classes, ignore_index)):
             problems.append(
                 f"The target has labels {outside} outside the model's {classes} classes "
                 f"0..{classes - 1}. If one means no data, ignore_index has to say so."
@@ -152,19 +149,33 @@ def inspect_target(
             report += f"; without {', '.join(map(str, absent[:20]))}"
     return report, problems
 
-# %% ../../nbs/training/78_check.ipynb #check-023
+# %% ../../nbs/training/78_check.ipynb #check-029
+def inspect_target(
+    target: Any, classes: int | None, ignore_index: int | None
+) -> tuple[str, list[str]]:
+    """Return what a target shows, and what is wrong with its labels."""
+    if not isinstance(target, Tensor):
+        return shape_of(target), []
+    if target.is_floating_point():
+        return shape_of(target) + inspect_values(target), []
+    report, problems = inspect_labels(target, classes, ignore_index)
+    return shape_of(target) + report, problems
+
+# %% ../../nbs/training/78_check.ipynb #check-032
+def sums_to_one(scores: Tensor) -> bool:
+    """Return whether scores `(N, C, ...)` are probabilities: 0 or more, and 1 over all classes."""
+    sums = scores.sum(1)
+    return bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=0.01)
+
+# %% ../../nbs/training/78_check.ipynb #check-035
 def inspect_output(output: Any, loss: Any) -> list[str]:
-    """Return what is wrong with an output `(N, classes, ...)` for one of PyTorch's losses."""
+    """Return what is wrong with an output `(N, C, ...)` for one of PyTorch's losses."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return []
     if output.ndim < 2 or output.shape[1] < 2:
         return []
     scores = output.detach().float()
-    sums = scores.sum(1)
-    is_softmax = bool((scores >= 0).all()) and torch.allclose(
-        sums, torch.ones_like(sums), atol=0.01
-    )
-    if isinstance(loss, nn.CrossEntropyLoss) and is_softmax:
+    if isinstance(loss, nn.CrossEntropyLoss) and sums_to_one(scores):
         return [
             "The model's output sums to 1 over the classes, as after a softmax, and "
             "CrossEntropyLoss has a softmax of its own: training would be slow. Return the output "
@@ -177,9 +188,15 @@ def inspect_output(output: Any, loss: Any) -> list[str]:
         ]
     return []
 
-# %% ../../nbs/training/78_check.ipynb #check-026
+# %% ../../nbs/training/78_check.ipynb #check-038
 class SavedTensorBytes:
-    """Counts the bytes that a forward pass keeps for the backward pass."""
+    """Count the bytes that the forward passes in a `with` block keep for the backward pass.
+
+    Parameters
+    ----------
+    model
+        Its parameters are not counted.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -204,18 +221,33 @@ class SavedTensorBytes:
         """The bytes counted so far."""
         return sum(self.storages.values())
 
-# %% ../../nbs/training/78_check.ipynb #check-027
+# %% ../../nbs/training/78_check.ipynb #check-041
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of parameters, gradients, and what the optimizer keeps for them."""
+    """Return the bytes of an optimizer's parameters, of their gradients, and of its state."""
     total = 0
     for group in optimizer.param_groups:
         kept = 2 if "betas" in group else 1 if group.get("momentum") else 0
         total += (2 + kept) * sum(p.numel() * p.element_size() for p in group["params"])
     return total
 
-# %% ../../nbs/training/78_check.ipynb #check-030
+# %% ../../nbs/training/78_check.ipynb #check-044
+def inspect_loss_value(run: Run, batch: MicroBatch) -> tuple[str, list[str]]:
+    """Run the backward pass; return the loss and the gradient norm, and what is wrong with them."""
+    loss = batch.losses["loss"]
+    check_gradient(loss)
+    loss.backward()
+    gradients = [p.grad for p in run.task.model.parameters() if p.grad is not None]
+    norm = float(gradient_norm(gradients)) if gradients else 0.0
+    value = float(loss.detach())
+    bad = not loss.isfinite()
+    return (
+        f"{value:.4g}, gradient norm {norm:.4g}",
+        [f"The loss of the first batch is {value}."] if bad else [],
+    )
+
+# %% ../../nbs/training/78_check.ipynb #check-047
 def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str]]:
-    """Take a batch forward and backward as the run would; return what it shows, what is wrong."""
+    """Take a batch forward and backward as the run would; return the report and the problems."""
     batch = run.task.prepare(raw, 0)
     report: dict[str, str] = {}
     report["input"], problems = inspect_image(batch.inputs, sample_names(raw))
@@ -237,22 +269,7 @@ def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str]]:
     )
     return report, problems + found
 
-# %% ../../nbs/training/78_check.ipynb #check-032
-def inspect_loss_value(run: Run, batch: MicroBatch) -> tuple[str, list[str]]:
-    """Run the backward pass; return loss and gradient norm, and what is wrong with them."""
-    loss = batch.losses["loss"]
-    check_gradient(loss)
-    loss.backward()
-    gradients = [p.grad for p in run.task.model.parameters() if p.grad is not None]
-    norm = float(gradient_norm(gradients)) if gradients else 0.0
-    value = float(loss.detach())
-    bad = not loss.isfinite()
-    return (
-        f"{value:.4g}, gradient norm {norm:.4g}",
-        [f"The loss of the first batch is {value}."] if bad else [],
-    )
-
-# %% ../../nbs/training/78_check.ipynb #check-035
+# %% ../../nbs/training/78_check.ipynb #check-050
 def inspect_last_batch(run: Run) -> list[str]:
     """Return what is wrong with the last batch of an epoch, as far as its size shows it."""
     loader = run.train_loader
@@ -270,7 +287,7 @@ def inspect_last_batch(run: Run) -> list[str]:
         "drop_last=True to the DataLoader."
     ]
 
-# %% ../../nbs/training/78_check.ipynb #check-038
+# %% ../../nbs/training/78_check.ipynb #check-053
 def inspect_monitors(run: Run, scores: dict[str, float]) -> list[str]:
     """Return a sentence for each monitored score that the run will not have."""
     problems = []
@@ -287,14 +304,22 @@ def inspect_monitors(run: Run, scores: dict[str, float]) -> list[str]:
             problems.append(str(error))
     return problems
 
-# %% ../../nbs/training/78_check.ipynb #check-040
+# %% ../../nbs/training/78_check.ipynb #check-056
+def epoch_length(run: Run) -> str:
+    """Return the number of batches and steps per epoch, in words."""
+    batches = num_batches(run.train_loader)
+    if batches is None:
+        return "of unknown length"
+    return f"{batches} batches, {-(-batches // run.config.accumulation_steps)} steps"
+
+# %% ../../nbs/training/78_check.ipynb #check-059
 def inspect_run(run: Run) -> tuple[dict[str, str], list[str]]:
     """Inspect one batch of each loader, and change nothing.
 
     Returns
     -------
     dict, list
-        What was seen, by name; and a sentence for each thing that is wrong or suspicious.
+        The report's lines by name; and a sentence for each problem.
     """
     report: dict[str, str] = {}
     with untouched(run), warnings.catch_warnings(record=True) as caught:
@@ -314,29 +339,21 @@ def inspect_run(run: Run) -> tuple[dict[str, str], list[str]]:
         problems += inspect_monitors(run, scores)
     return report, problems + [str(warning.message) for warning in caught]
 
-
-def epoch_length(run: Run) -> str:
-    """Return batches and steps per epoch, in words."""
-    batches = num_batches(run.train_loader)
-    if batches is None:
-        return "of unknown length"
-    return f"{batches} batches, {-(-batches // run.config.accumulation_steps)} steps"
-
-# %% ../../nbs/training/78_check.ipynb #check-043
+# %% ../../nbs/training/78_check.ipynb #check-062
 class Problems(list[str]):
-    """A list that displays nothing: its items have been printed."""
+    """A list that a notebook does not display, since its items have been printed."""
 
     def _ipython_display_(self) -> None:
         pass
 
-# %% ../../nbs/training/78_check.ipynb #check-044
+# %% ../../nbs/training/78_check.ipynb #check-064
 def check(run: Run) -> Problems:
-    """Inspect a run before it begins, print what was seen, and change nothing.
+    """Inspect one batch of each loader, print the report, and change nothing.
 
     Raises
     ------
     Exception
-        What training would raise on the first batch, with a hint.
+        What training would raise on the first batch, with a hint where there is one.
     """
     try:
         report, problems = inspect_run(run)

@@ -14,7 +14,7 @@ from .messages import whole_number
 # %% auto #0
 __all__ = ['TrainerConfig']
 
-# %% ../../nbs/training/24_config.ipynb #config-005
+# %% ../../nbs/training/24_config.ipynb #config-006
 CHOICES = {
     "amp_dtype": ("float16", "bfloat16"),
     "scheduler_interval": ("auto", "epoch", "step"),
@@ -27,7 +27,7 @@ def check_choice(name: str, value: object) -> None:
     if value not in CHOICES[name]:
         raise ValueError(f"{name}={value!r} is not known. Pass one of {list(CHOICES[name])}.")
 
-# %% ../../nbs/training/24_config.ipynb #config-007
+# %% ../../nbs/training/24_config.ipynb #config-009
 def check_clip(clip: object) -> None:
     """Raise unless the clipping norm is None or a finite number, 0 or more."""
     message = f"gradient_clip={clip!r} must be a number, 0 or more, or None."
@@ -38,7 +38,7 @@ def check_clip(clip: object) -> None:
     if not 0 <= clip < math.inf:
         raise ValueError(message)
 
-# %% ../../nbs/training/24_config.ipynb #config-009
+# %% ../../nbs/training/24_config.ipynb #config-011
 def check_class_names(names: Sequence[str] | None) -> None:
     """Raise unless the names are None or a list of different names."""
     message = f"class_names={names!r} must be a list of different names."
@@ -47,7 +47,7 @@ def check_class_names(names: Sequence[str] | None) -> None:
     if names is not None and len(set(names)) < len(names):
         raise ValueError(message)
 
-# %% ../../nbs/training/24_config.ipynb #config-012
+# %% ../../nbs/training/24_config.ipynb #config-014
 @dataclass
 class TrainerConfig:
     """Settings of a `Trainer`.
@@ -55,7 +55,7 @@ class TrainerConfig:
     Parameters
     ----------
     epochs
-        Training length that `fit()` without an argument works up to.
+        Total number of epochs that `fit()` without an argument trains up to.
     device
         `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"`, or `"auto"`. Without a GPU, `"cuda"` falls back to
         the CPU with a warning, `"auto"` silently.
@@ -73,11 +73,12 @@ class TrainerConfig:
     scheduler_monitor
         The score for ReduceLROnPlateau. None means `val_loss`, or `train_loss` without validation.
     ignore_index
-        The label that counts nowhere, or None; `"auto"` takes the loss function's.
+        The label that no loss or score counts, or None; `"auto"` takes the loss function's.
     class_names
         Names of the classes in the scores; None numbers them.
     max_skipped_steps
-        How many steps in a row may have a non-finite gradient before training ends with an error.
+        Number of consecutive skipped steps after which training ends with an error. A step is
+        skipped if its gradient is not finite.
     seed
         Seeds PyTorch, NumPy and `random` when training starts; None leaves them alone.
     progress
@@ -108,9 +109,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_settings(self)
 
-# %% ../../nbs/training/24_config.ipynb #config-013
+# %% ../../nbs/training/24_config.ipynb #config-016
 def check_settings(config: TrainerConfig) -> None:
-    """Check every setting, and turn integers of any kind into `int`."""
+    """Check every setting, and convert integers of any type to `int`."""
     for name in CHOICES:
         check_choice(name, getattr(config, name))
     for name, least in (("epochs", 0), ("accumulation_steps", 1), ("max_skipped_steps", 1)):

@@ -21,12 +21,14 @@ __all__ = ['Loop']
 
 # %% ../../nbs/training/70_loop.ipynb #loop-006
 class Loop:
-    """One call of `fit`: the whole training loop. What lasts is in the run.
+    """The whole training loop, for one call of `fit`. What lasts is in the run.
 
     Parameters
     ----------
-    run, trainer
-        What is trained, and what every hook gets first.
+    run
+        The run to train.
+    trainer
+        The first argument of every hook.
     """
 
     def __init__(self, run: Run, trainer: RunView) -> None:
@@ -36,13 +38,13 @@ class Loop:
     def fit(self) -> None:
         """Train up to the goal, or until a request to stop."""
         progress = self.run.progress
-        with session(self.run, self.stepper, self.hooks):  # put back however it ends
+        with session(self.run, self.stepper, self.hooks):  # restores everything
             self.hooks.call("on_train_start")
             while progress.epoch < self.run.goal and not progress.should_stop:
                 self.epoch()
 
     def epoch(self) -> None:
-        """Train and score one epoch, or what is left of it."""
+        """Train and score one epoch, or the rest of an open one."""
         run, number = self.run, self.run.progress.epoch
         epoch = enter_epoch(run, self.hooks.call)
         if not self.train(epoch) or (val_scores := self.validate()) is None:
@@ -51,13 +53,13 @@ class Loop:
         scores |= close_epoch(run, epoch)
         try:
             self.hooks.call("on_scores", number, dict(scores))  # decide
-        finally:  # the epoch was trained, whatever a callback says about it
+        finally:  # the epoch was trained, even if a callback raised
             run.progress.record(scores)
             run.schedule.after_epoch(scores, run.global_step)
             self.hooks.call("on_epoch_end", number, dict(scores), to_all=True)  # record
 
     def train(self, epoch: OpenEpoch) -> bool:
-        """Take the epoch's steps; return False if asked to stop on the way."""
+        """Take the epoch's steps; return False if asked to stop before its end."""
         while window := epoch.next_window():  # the same one again until its step is done
             self.step(window, epoch)
             if self.asked_to_stop("train"):
@@ -95,7 +97,7 @@ class Loop:
         run = self.run
         if run.val_loader is None:
             return {}
-        note_random_state(run)  # for a file that is written on the way
+        note_random_state(run)  # for a file that is written during validation
         scores = run.evaluator.score(run.loader("val"), lambda: self.asked_to_stop("validate"))
         run.random = run.random if scores is None else None
         return scores

@@ -42,19 +42,20 @@ class Run:
     config, task, evaluator, optimizer, schedule, train_loader, val_loader, callbacks
         What the user passed, each with what the run needs to know about it.
     modes, skips, built
-        Modules that stay in evaluation mode, skipped steps, the optimizer's settings as built.
+        The modules that stay in evaluation mode, the skipped steps, and the optimizer's settings as
+        they were built.
     progress, goal
-        How far the run is, and the epoch that this `fit` ends at.
+        How far the run has come, and the epoch at which this `fit` ends.
     open
         The epoch that has begun and is not in the history.
     random
-        Random states to put in place when training continues.
+        Random states to restore when training continues.
     loaders
-        Resumable readers of the `"train"` and `"val"` loader, made when first needed.
+        Resumable readers of the `"train"` and `"val"` loader, built when first needed.
     waited
-        Seconds that closed epochs have waited for their loader.
+        Seconds that closed epochs spent waiting for their loader.
     is_running
-        Whether a `fit` is at work.
+        Whether a `fit` is running.
     """
 
     config: TrainerConfig
@@ -87,7 +88,7 @@ class Run:
         return self.progress.global_step - self.skips.uncounted()
 
     def loader(self, name: str) -> ResumableLoader:
-        """Return what reads the `"train"` or the `"val"` loader."""
+        """Return the reader of the `"train"` or the `"val"` loader."""
         loader = self.train_loader if name == "train" else self.val_loader
         if name not in self.loaders or self.loaders[name].loader is not loader:
             ahead = self.config.accumulation_steps if name == "train" else 0
@@ -113,7 +114,7 @@ def build_run(
     config = config or TrainerConfig()
     task = Task(model, loss_fn, config, methods)
     if optimizer.state:
-        optimizer.load_state_dict(optimizer.state_dict())  # to the model's device
+        optimizer.load_state_dict(optimizer.state_dict())  # moves it to the model's device
     return Run(
         config=config,
         task=task,
@@ -129,28 +130,36 @@ def build_run(
         goal=config.epochs,
     )
 
-# %% ../../nbs/training/65_run.ipynb #run-011
+# %% ../../nbs/training/65_run.ipynb #run-014
 def random_owners(run: Run) -> list[Any]:
     """Return the objects whose random generators belong to the run."""
     return [*owners_of(run.train_loader), *owners_of(run.val_loader), run.task.model]
 
 
 def note_random_state(run: Run) -> None:
-    """Remember the random states, to be put in place when training continues."""
+    """Note the random states, to be restored when training continues."""
     run.random = random_state(*random_owners(run))
 
-# %% ../../nbs/training/65_run.ipynb #run-012
+# %% ../../nbs/training/65_run.ipynb #run-015
 def restore_random_state(run: Run) -> None:
-    """Put the remembered random states in place, or seed a run that is just beginning."""
+    """Restore the noted random states, or seed a run that has not begun."""
     if run.random is not None:
         set_random_state(run.random, *random_owners(run))
         run.random = None
     elif run.config.seed is not None and run.progress.epoch == run.global_step == run.batch == 0:
         seed_all(run.config.seed)
 
-# %% ../../nbs/training/65_run.ipynb #run-015
+# %% ../../nbs/training/65_run.ipynb #run-020
+def announce_epoch(loader: Any, number: int) -> None:
+    """Call `set_epoch` on a loader, its sampler and its batch sampler, where they have it."""
+    samplers = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
+    for part in (loader, *samplers):
+        if set_epoch := getattr(part, "set_epoch", None):
+            set_epoch(number)
+
+# %% ../../nbs/training/65_run.ipynb #run-023
 def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
-    """Return the open epoch, begun or resumed if need be; `call` calls a hook."""
+    """Return the open epoch; begin or resume it first if necessary. `call` calls a hook."""
     if run.open is not None and run.open.windows is not None:
         return run.open
     number, loader = run.progress.epoch, run.loader("train")
@@ -173,15 +182,7 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     run.open = epoch
     return epoch
 
-
-def announce_epoch(loader: Any, number: int) -> None:
-    """Call `set_epoch` on a loader, its sampler and its batch sampler, where they have it."""
-    samplers = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
-    for part in (loader, *samplers):
-        if set_epoch := getattr(part, "set_epoch", None):
-            set_epoch(number)
-
-# %% ../../nbs/training/65_run.ipynb #run-018
+# %% ../../nbs/training/65_run.ipynb #run-028
 def count_step(run: Run, step: Step) -> None:
     """Count a step that was taken or skipped; a window without a valid pixel is no step."""
     if step.norm is None:
@@ -190,15 +191,15 @@ def count_step(run: Run, step: Step) -> None:
     run.schedule.after_step(step.stepped)
     run.skips.note(step, run.progress.global_step, run.progress.epoch)
 
-# %% ../../nbs/training/65_run.ipynb #run-021
+# %% ../../nbs/training/65_run.ipynb #run-031
 def make_stepper(run: Run) -> Stepper:
     """Return what turns a window of batches into one guarded optimizer step of this run."""
     task, clip = run.task, run.config.gradient_clip
     return Stepper(task.model, run.optimizer, task.precision, clip)
 
-# %% ../../nbs/training/65_run.ipynb #run-024
+# %% ../../nbs/training/65_run.ipynb #run-034
 def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
-    """Return the epoch's learning rate and counts, and warn about skipped steps."""
+    """Close an epoch and return its learning rate and counts; warn about skipped steps."""
     uncounted, scaler = run.skips.uncounted(), run.task.precision.scaler
     skipped = run.skips.close_epoch(run.progress.epoch, scaled=scaler.is_enabled())
     run.progress.global_step -= uncounted
@@ -210,16 +211,22 @@ def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
         "train_empty_batches": float(epoch.empty),
     }
 
-# %% ../../nbs/training/65_run.ipynb #run-025
+# %% ../../nbs/training/65_run.ipynb #run-035
 def end_of_loader(run: Run, epoch: OpenEpoch) -> None:
-    """Check an epoch whose loader has ended; one without a batch is given up."""
+    """Check an epoch whose loader has ended; discard it if there was no batch."""
     if not epoch.batches:
-        run.open = None  # a later fit asks the loader again
+        run.open = None  # a later fit begins it again
     check_end(epoch, run.progress.epoch)
 
-# %% ../../nbs/training/65_run.ipynb #run-028
+# %% ../../nbs/training/65_run.ipynb #run-038
 class RunFacts:
-    """What callbacks and users may read of a run, and ask of it."""
+    """The facts of a run that callbacks and users may read, and the requests they may make.
+
+    Parameters
+    ----------
+    run
+        The parts of the run.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -251,7 +258,7 @@ class RunFacts:
 
     @property
     def metrics(self) -> MetricSet | None:
-        """The metrics that were passed, None for the default ones."""
+        """The metrics that were passed; None for the default ones."""
         return self.run.evaluator.metrics
 
     @property
@@ -261,7 +268,7 @@ class RunFacts:
 
     @property
     def ignore_index(self) -> int | None:
-        """The label that counts nowhere."""
+        """The label that no loss or score counts; None if all count."""
         return self.run.task.ignore_index
 
     @property
@@ -284,7 +291,7 @@ class RunFacts:
 
     @property
     def callbacks(self) -> list[Any]:
-        """The callbacks, in the order in which they are called. It can be set."""
+        """The callbacks, in the order in which they are called. The list can be set."""
         return self.run.callbacks
 
     @callbacks.setter
@@ -308,7 +315,7 @@ class RunFacts:
 
     @property
     def goal(self) -> int:
-        """The epoch that this `fit` ends at."""
+        """The number of completed epochs at which this `fit` ends."""
         return self.run.goal
 
     @property
@@ -318,13 +325,13 @@ class RunFacts:
 
     @property
     def data_wait(self) -> float:
-        """Seconds that training has waited for its loader."""
+        """Seconds that training has spent waiting for its loader."""
         windows = self.run.open and self.run.open.windows
         return self.run.waited + (windows.waited if windows else 0.0)
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the run should stop, or did; None otherwise."""
+        """Why the run was asked to stop; None if it was not."""
         return self.run.progress.stop_reason
 
     @property
@@ -342,9 +349,9 @@ class RunFacts:
         self.run.progress.request_stop(reason)
 
     def request_pause(self) -> None:
-        """Ask the run to hold after the current step, until `end_pause` or a request to stop."""
+        """Ask the run to pause after the current step, until `end_pause` or a request to stop."""
         self.run.progress.pause_requested = True
 
     def end_pause(self) -> None:
-        """Let a run that holds continue."""
+        """Let a paused run continue."""
         self.run.progress.pause_requested = False

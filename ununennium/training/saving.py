@@ -26,14 +26,14 @@ __all__ = ['resume']
 # %% ../../nbs/training/75_saving.ipynb #saving-006
 @dataclass(frozen=True)
 class Part:
-    """A part of a run in a file: how to read it, and how to restore it from all that was saved."""
+    """A part of a run in a file: how to read it, and how to restore it from the whole file."""
 
     read: Callable[[Run], Any]
     restore: Callable[[Run, dict[str, Any]], object]
 
 # %% ../../nbs/training/75_saving.ipynb #saving-007
 def typed_state(part: Any) -> dict[str, Any] | None:
-    """Return the state of an optimizer or a scheduler with the name of its type; None for none."""
+    """Return the state of an optimizer or a scheduler with the name of its type; None if absent."""
     return None if part is None else part.state_dict() | {"type": type(part).__name__}
 
 
@@ -56,7 +56,7 @@ def restore_optimizer(run: Run, saved: dict[str, Any]) -> None:
     built = saved["optimizer_built"]
     load_optimizer(run.optimizer, saved["optimizer"], built, built_settings(run))
 
-# %% ../../nbs/training/75_saving.ipynb #saving-011
+# %% ../../nbs/training/75_saving.ipynb #saving-013
 def restore_scheduler(run: Run, saved: dict[str, Any]) -> None:
     """Restore the scheduler, if both the run and the file have one."""
     scheduler = run.schedule.scheduler
@@ -71,15 +71,15 @@ def restore_scaler(run: Run, saved: dict[str, Any]) -> None:
     if scaler.is_enabled() and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
 
-# %% ../../nbs/training/75_saving.ipynb #saving-013
+# %% ../../nbs/training/75_saving.ipynb #saving-016
 def callback_states(run: Run) -> list[list[Any]]:
-    """Return type and memory of each callback that has one."""
+    """Return the type and the state of each callback that has a state."""
     remembering = [callback for callback in run.callbacks if hasattr(callback, "state_dict")]
     return [[type(callback).__name__, callback.state_dict()] for callback in remembering]
 
 
 def restore_callbacks(run: Run, saved: dict[str, Any]) -> None:
-    """Restore the memories of the callbacks whose types are in the file."""
+    """Restore the state of each callback whose type is in the file."""
     left = list(saved["callbacks"])
     for callback in run.callbacks:
         entry = next((entry for entry in left if entry[0] == type(callback).__name__), None)
@@ -87,7 +87,7 @@ def restore_callbacks(run: Run, saved: dict[str, Any]) -> None:
             callback.load_state_dict(entry[1])
             left.remove(entry)
 
-# %% ../../nbs/training/75_saving.ipynb #saving-016
+# %% ../../nbs/training/75_saving.ipynb #saving-019
 def restore_epoch(run: Run, saved: dict[str, Any]) -> None:
     """Restore the open epoch, if there was one."""
     run.open = None if saved["open"] is None else load_epoch(saved["open"], run.task.device)
@@ -106,7 +106,7 @@ def restore_random(run: Run, saved: dict[str, Any]) -> None:
         set_random_state(saved["random"])
     run.random = saved["random"]
 
-# %% ../../nbs/training/75_saving.ipynb #saving-018
+# %% ../../nbs/training/75_saving.ipynb #saving-023
 FORMAT = 2
 PARTS = {
     "model": Part(
@@ -135,9 +135,9 @@ PARTS = {
     "random": Part(lambda run: run.random or random_state(*random_owners(run)), restore_random),
 }
 
-# %% ../../nbs/training/75_saving.ipynb #saving-019
+# %% ../../nbs/training/75_saving.ipynb #saving-024
 def run_state(run: Run) -> dict[str, Any]:
-    """Return everything that a run needs to continue elsewhere, as a checkpoint stores it."""
+    """Return everything that a run needs to continue elsewhere, in the form of a checkpoint."""
     return {"format": FORMAT} | {name: part.read(run) for name, part in PARTS.items()}
 
 
@@ -146,7 +146,7 @@ def load_run_state(run: Run, saved: dict[str, Any]) -> None:
     for part in PARTS.values():
         part.restore(run, saved)
 
-# %% ../../nbs/training/75_saving.ipynb #saving-022
+# %% ../../nbs/training/75_saving.ipynb #saving-027
 def check_format(saved: dict[str, Any], path: str | Path) -> None:
     """Raise a `CheckpointError` if a file was written by another program or a later version."""
     if missing := sorted({"format", "checksum", *PARTS} - saved.keys()):
@@ -161,7 +161,7 @@ def check_format(saved: dict[str, Any], path: str | Path) -> None:
             "was loaded. Use the version that wrote it."
         )
 
-# %% ../../nbs/training/75_saving.ipynb #saving-025
+# %% ../../nbs/training/75_saving.ipynb #saving-030
 def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a state whose callbacks know that their folder is where the file is."""
 
@@ -173,14 +173,14 @@ def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
 
     return saved | {"callbacks": [[kind, here(memory)] for kind, memory in saved["callbacks"]]}
 
-# %% ../../nbs/training/75_saving.ipynb #saving-028
+# %% ../../nbs/training/75_saving.ipynb #saving-033
 def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
     """Restore a run from a loaded file; if anything fails, leave it as it was.
 
     Raises
     ------
     CheckpointError
-        If the file is of another program or does not fit.
+        If the file was written by another program or does not fit.
     RuntimeError
         If a `fit` is running.
     """
@@ -196,7 +196,7 @@ def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
     try:
         load_run_state(run, relocated(saved, Path(path)))
     except Exception as error:
-        run.optimizer.load_state_dict(before["optimizer"])  # whatever it was left with
+        run.optimizer.load_state_dict(before["optimizer"])  # first, as the file's may not fit it
         load_run_state(run, before)
         run.open, run.random, run.loaders, run.progress.stop_reason = position
         raise CheckpointError(
@@ -204,9 +204,9 @@ def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
             "the model, optimizer and scheduler of the run that wrote the file."
         ) from error
 
-# %% ../../nbs/training/75_saving.ipynb #saving-033
+# %% ../../nbs/training/75_saving.ipynb #saving-038
 def most_advanced(path: Path, saved: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Return a file, or the `last.pt` beside it if that one is further on."""
+    """Return a file, or the `last.pt` beside it if that one is further ahead."""
 
     def progress(state: dict[str, Any]) -> tuple[int, int]:
         epoch = state["open"] or {"batches": 0}
@@ -222,23 +222,28 @@ def most_advanced(path: Path, saved: dict[str, Any]) -> tuple[Path, dict[str, An
 
 
 def position_text(run: Run) -> str:
-    """Return how far a run is, in words."""
+    """Return how far a run has come, in words."""
     number = run.progress.epoch
     where = f"batch {run.batch} of epoch {number + 1}" if run.batch else f"after epoch {number}"
     return f"{where}, step {run.global_step}"
 
-# %% ../../nbs/training/75_saving.ipynb #saving-034
+# %% ../../nbs/training/75_saving.ipynb #saving-041
 def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Path | None:
     """Restore a run from the newest intact checkpoint in a folder; see `Trainer.resume`.
 
     Parameters
     ----------
     run
-        What to restore.
+        The run to restore.
     dirpath
         A folder of checkpoints.
     announce
         Shows the user a sentence about what was found.
+
+    Raises
+    ------
+    CheckpointError
+        If all files are damaged, the newest intact one does not fit, or `dirpath` is a file.
     """
     finish_writing()
     if Path(dirpath).is_file():

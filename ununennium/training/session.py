@@ -28,7 +28,7 @@ __all__ = ['session']
 def signal_noted(
     number: int, note: Callable[[], None], again: Callable[[], None]
 ) -> Iterator[list[int]]:
-    """Call `note` at the first signal of a kind, `again` at each later one; yield what came."""
+    """Call `note` at the first signal, `again` at later ones; yield the list of noted signals."""
     noted: list[int] = []
 
     def handle(received: int, frame: Any) -> None:
@@ -43,7 +43,7 @@ def signal_noted(
 
 
 def raise_interrupt() -> None:
-    """Raise what Python raises at an interrupt."""
+    """Raise `KeyboardInterrupt`, as Python does by default."""
     raise KeyboardInterrupt
 
 # %% ../../nbs/training/67_session.ipynb #session-009
@@ -55,7 +55,7 @@ def terminate() -> None:
 
 @contextlib.contextmanager
 def termination_noted(note: Callable[[], None]) -> Iterator[None]:
-    """Call `note` on SIGTERM, and obey the signal at the end of the block."""
+    """Call `note` on SIGTERM, and raise the signal again at the end of the block."""
     noted: list[int] = []
     try:
         with signal_noted(signal.SIGTERM, note, terminate) as noted:
@@ -67,7 +67,7 @@ def termination_noted(note: Callable[[], None]) -> Iterator[None]:
 # %% ../../nbs/training/67_session.ipynb #session-012
 @contextlib.contextmanager
 def interrupt_noted(run: Run, hooks: Hooks) -> Iterator[list[int]]:
-    """Ask the run to stop at the first interrupt, and raise the second; yield what came."""
+    """Ask the run to stop at the first interrupt, raise the second; yield the noted signals."""
 
     def note() -> None:
         run.progress.request_stop("interrupted")
@@ -78,7 +78,7 @@ def interrupt_noted(run: Run, hooks: Hooks) -> Iterator[list[int]]:
 
 # %% ../../nbs/training/67_session.ipynb #session-014
 def hint_for(error: BaseException, batch_size: float, accumulation_steps: int) -> str:
-    """Return what to do about an error that does not say so itself; empty if it does."""
+    """Return what to do about an error of PyTorch; an empty string if there is nothing to add."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         size, steps = int(batch_size), accumulation_steps
@@ -104,7 +104,7 @@ def hint_for(error: BaseException, batch_size: float, accumulation_steps: int) -
 
 # %% ../../nbs/training/67_session.ipynb #session-017
 def abandon_window(run: Run, stepper: Stepper, error: BaseException) -> None:
-    """Take back what an unfinished window has computed, and note why the run stopped."""
+    """Undo what an unfinished window has computed, and note why the run stopped."""
     window = run.open.window if run.open else []
     size = sample_count(window[0].raw) if window else 1.0
     add_hint(error, hint_for(error, size, run.config.accumulation_steps))
@@ -119,7 +119,7 @@ def abandon_window(run: Run, stepper: Stepper, error: BaseException) -> None:
 
 # %% ../../nbs/training/67_session.ipynb #session-020
 def check_loaders(run: Run) -> None:
-    """Raise if a loader can be read once and this `fit` is of several epochs."""
+    """Raise if a loader can be read only once and this `fit` has several epochs."""
     epochs = run.goal - run.progress.epoch
     for name, loader in (("train_loader", run.train_loader), ("val_loader", run.val_loader)):
         if isinstance(loader, Iterator) and epochs > 1:
@@ -155,11 +155,11 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
     Parameters
     ----------
     run
-        What is trained. Its requests from before are forgotten.
+        What is trained. Earlier requests to stop or pause are cleared.
     stepper
         Holds the gradients; they are cleared before and after.
     hooks
-        Calls `on_exception` and `on_train_end`, each for every callback.
+        Calls `on_exception` and `on_train_end`, for every callback even if another one fails.
     """
     prepare(run, stepper)
     with (
@@ -182,5 +182,5 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
         finally:
             stepper.clear()
             if run.open is not None and run.random is None:
-                note_random_state(run)  # a look at the loader in the pause must change nothing
+                note_random_state(run)  # reading the loader before the next fit changes nothing
             hooks.call("on_train_end", to_all=True)

@@ -29,7 +29,7 @@ __all__ = ['Trainer']
 
 # %% ../../nbs/training/80_trainer.ipynb #trainer-006
 def find_goal(epoch: int, epochs: int | None, total: int) -> int:
-    """Return the epoch at which a `fit(epochs)` ends that starts after a number of epochs."""
+    """Return the epoch at which `fit(epochs)` ends if `epoch` epochs are done before it."""
     if epochs is not None:
         return epoch + whole_number("epochs", epochs, 0)
     if epoch >= total:
@@ -115,8 +115,8 @@ class Trainer(RunFacts):
         Parameters
         ----------
         epochs
-            How many more epochs; None works up to `config.epochs` in total. An epoch that was left
-            in the middle is finished first, as one of them.
+            Number of epochs to add; None trains up to `config.epochs` in total. An open epoch is
+            finished first, and counts as one of them.
         """
         if self.run.is_running:
             raise RuntimeError(
@@ -145,9 +145,9 @@ class Trainer(RunFacts):
         return self.run.evaluator.score(self.run.loader("val") if loader is None else loader) or {}
 
     def check(self) -> Problems:
-        """Take one batch forward and backward, print what it shows, and change nothing.
+        """Take one batch forward and backward, print a report, and change nothing.
 
-        Returns a sentence for each thing that is suspicious, and raises what `fit` would raise.
+        Returns a list with a sentence for each problem, and raises what `fit` would raise.
         """
         return check(self.run)
 
@@ -187,7 +187,7 @@ class Trainer(RunFacts):
         Parameters
         ----------
         path
-            What `save_checkpoint` wrote.
+            A file that `save_checkpoint` or a `CheckpointCallback` wrote.
 
         Raises
         ------
@@ -197,13 +197,13 @@ class Trainer(RunFacts):
         take_over(self.run, load_file(path), path)
 
     def resume(self, dirpath: str | Path) -> Path | None:
-        """Restore the run from the newest intact checkpoint in a folder, and say which.
+        """Restore the run from the newest intact checkpoint in a folder, and return its path.
 
         Parameters
         ----------
         dirpath
-            The folder of a `CheckpointCallback`, for example. If it has no checkpoint, None is
-            returned, and training starts from scratch.
+            A folder of checkpoints, such as a `CheckpointCallback` writes. If it has none, the
+            method returns None, and training starts from scratch.
 
         Raises
         ------
