@@ -20,7 +20,7 @@ def chromium() -> str | None:
 
 
 def missing() -> str:
-    """Return the names of the tools that these tests need and that are missing."""
+    """Return the tools that these tests need and that are missing; empty if none is."""
     lacks = [n for n in ("playwright", "notebook", "jupyterlab") if not importlib.util.find_spec(n)]
     if not chromium():
         lacks.append("Chromium (looked for $CHROMIUM, chromium and google-chrome)")
