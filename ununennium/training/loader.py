@@ -74,7 +74,7 @@ class Fingerprints:
         self.last: deque[tuple[int, Any]] = deque(maxlen=keep)
 
     def add(self, number: int, batch: Any, can_wait: bool) -> None:
-        """Note the fingerprint of the batch before batch `number`, now or, if it can wait, later."""
+        """Note the batch before batch `number`: its fingerprint, or all of it if that can wait."""
         self.last.append((number, batch if can_wait else fingerprint(batch)))
 
     def before(self, number: int) -> int | None:
