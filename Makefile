@@ -1,6 +1,6 @@
-# make demo   run the quick start and leave a notebook and an HTML page
+# make demo   run the quick start; write an executed notebook and an HTML page
 # make lab    open the quick start in JupyterLab
-# make test   everything that CI runs
+# make test   run everything that CI runs
 # make export write the package and the README from the notebooks
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ test: $(VENV)/.dev check
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env nbs
 
-# The quick half of the tests: lint, format, types.
+# The quick checks: lint, format, types.
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +34,7 @@ export: $(VENV)/.dev
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/readme.py
 
-# Run every notebook and keep its outputs.
+# Run every notebook and store its outputs.
 notebooks: $(VENV)/.dev
 	$(BIN)/python tools/run_notebooks.py
 	$(MAKE) export
@@ -42,10 +42,10 @@ notebooks: $(VENV)/.dev
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { echo "No virtual environment could be made. On Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "The virtual environment could not be created. On Debian: apt-get install python3-venv"; exit 1; }
 	@touch $@
 
-# PyTorch first, and with the constraints: the version is chosen there and nowhere else.
+# PyTorch first, with its version from constraints.txt, the only place that sets it.
 $(VENV)/.notebook: $(VENV)/.python $(SETTINGS)
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
 	$(INSTALL) torch

@@ -1,4 +1,4 @@
-"""Make nbval and nbdev agree on which notebook cells run and are compared."""
+"""Make nbval and nbdev agree on which notebook cells to run and compare."""
 
 import configparser
 import re
@@ -11,7 +11,7 @@ _not_run = re.compile(rf"^\s*#\s*\|\s*(eval:\s*false|{_flags})\s*$", re.MULTILIN
 
 
 def pytest_collection_modifyitems(items):
-    """Compare cells whose count nbdev_clean removed; skip those that nbdev does not run."""
+    """Compare cells without an execution count too; skip cells that nbdev does not run."""
     for item in items:
         cell = getattr(item, "cell", None)  # only nbval's items have one
         if cell is None:

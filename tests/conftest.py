@@ -1,4 +1,4 @@
-"""Small runs that the tests share."""
+"""Small runs shared by the tests."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Synthetic scenes: what examples and other tests rely on."""
+"""Synthetic scenes: the properties that examples and other tests rely on."""
 
 import pickle
 

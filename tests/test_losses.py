@@ -1,4 +1,4 @@
-"""MaskedLoss by itself, and class weights from counts."""
+"""`MaskedLoss` on its own, and class weights from counts."""
 
 import pytest
 import torch

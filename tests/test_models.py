@@ -1,4 +1,4 @@
-"""The small U-Net."""
+"""The small U-Net: shapes, skip connections, and wrong input."""
 
 import pytest
 import torch

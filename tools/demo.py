@@ -14,7 +14,7 @@ FOLDER = ROOT / "_demo"
 
 
 def main() -> None:
-    """Execute a copy in `_demo`, so that the source stays as it is."""
+    """Run a copy in `_demo`; the source stays as it is."""
     FOLDER.mkdir(exist_ok=True)
     notebook = nbformat.read(SOURCE, as_version=4)
     print(f"Running {SOURCE.relative_to(ROOT)} ...", flush=True)

@@ -1,7 +1,7 @@
 """Compare two versions of the package bit by bit: parameters, history, files, exact resume.
 
-`python tools/golden.py --against REVISION` runs 49 small configurations on a revision and on the
-working tree, one after the other on this machine, and lists those whose results differ.
+`python tools/golden.py --against REVISION` runs 49 small configurations on a revision and then
+on the working tree, on the same machine, and lists those whose results differ.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SCHEDULES = ("none", "StepLR", "ReduceLROnPlateau")
 
 
 def cases() -> list[dict]:
-    """Return every fourth of 192 combinations, and one with worker processes."""
+    """Return a quarter of the 192 combinations, and one case with worker processes."""
     names = ("optimizer", "accumulation", "validates", "schedule", "is_spoiled", "dropout")
     product = itertools.product(
         OPTIMIZERS, (1, 3), (True, False), SCHEDULES, (False, True), (0.0, 0.2)
@@ -36,7 +36,7 @@ def cases() -> list[dict]:
 
 
 def make_trainer(case: dict, callbacks: tuple = ()):  # noqa: ANN201
-    """Build the run of one case; the package is the one that Python finds first."""
+    """Build one case's trainer, with the package that Python finds first."""
     import torch
     from torch import nn
     from torch.optim import lr_scheduler
@@ -87,7 +87,7 @@ def make_trainer(case: dict, callbacks: tuple = ()):  # noqa: ANN201
 
 
 def stop_at(step: int):  # noqa: ANN201
-    """Return a callback that stops a run once, after a certain optimizer step."""
+    """Return a callback that stops a run once, after the given optimizer step."""
     from ununennium import Callback
 
     class StopAt(Callback):
@@ -102,10 +102,10 @@ def stop_at(step: int):  # noqa: ANN201
 
 
 def describe(case: dict) -> tuple[str, bool]:
-    """Run a case straight and in two processes' worth of pieces; return a hash, and if they agree.
+    """Run a case once straight and once stopped and resumed; return a hash, and whether both agree.
 
-    The hash is over parameters, buffers, history, step count, and the content of a file that was
-    saved after the fourth step.
+    The hash covers parameters, buffers, history, step count, and the content of a file saved after
+    the fourth step.
     """
     import torch
 
@@ -134,7 +134,7 @@ def describe(case: dict) -> tuple[str, bool]:
 
 
 def write(path: Path) -> None:
-    """Describe all cases with the package at hand, and write the results down."""
+    """Run all cases with the package at hand, and write the results to a file."""
     import torch
 
     warnings.simplefilter("ignore")
@@ -143,7 +143,7 @@ def write(path: Path) -> None:
 
 
 def results(tree: Path) -> dict[str, tuple[str, bool]]:
-    """Return the results of the package in a folder, from a process of its own."""
+    """Return the results of the package in a folder, from a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "golden.json"
         command = [sys.executable, __file__, "--write", str(path)]
@@ -152,7 +152,7 @@ def results(tree: Path) -> dict[str, tuple[str, bool]]:
 
 
 def compare(revision: str) -> int:
-    """Compare the working tree with a revision; return how many cases are not as they should be."""
+    """Compare the working tree with a revision; return how many cases fail."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         git = ["git", "-C", str(ROOT)]

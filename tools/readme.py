@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def render(notebook_path: Path) -> tuple[str, dict[str, bytes]]:
     """Return the README's text and its pictures by file name."""
     notebook = nbformat.read(notebook_path, as_version=4)
-    notebook.metadata["language_info"] = {"name": "python"}  # nbdev_clean takes it out
+    notebook.metadata["language_info"] = {"name": "python"}  # nbdev_clean removes it
     hidden = {"RegexRemovePreprocessor": {"patterns": [r"^#\s*\|\s*hide\b"], "enabled": True}}
     resources = {"unique_key": "README", "output_files_dir": "README_files"}
     text, resources = MarkdownExporter(config=Config(hidden)).from_notebook_node(

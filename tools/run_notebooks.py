@@ -1,4 +1,4 @@
-"""Run notebooks in place and keep their outputs: all of them, or those named."""
+"""Run notebooks in place and store their outputs: all notebooks, or those named."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ def main(names: list[str]) -> None:
     for path in [Path(name).resolve() for name in names] or sorted(every):
         print(path.relative_to(NOTEBOOKS), flush=True)
         notebook = nbformat.read(path, as_version=4)
-        # The state of a chart contains all of plotly's JavaScript, five megabytes of it.
+        # A chart's state would include plotly's JavaScript, five megabytes.
         options = {"timeout": 1800, "coalesce_streams": True, "store_widget_state": False}
         NotebookClient(
             notebook, resources={"metadata": {"path": str(path.parent)}}, **options

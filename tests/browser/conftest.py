@@ -1,4 +1,4 @@
-"""A browser on a Jupyter server; without one the tests skip, or fail where it is required."""
+"""A browser on a Jupyter server. Without a browser the tests skip, or fail if it is required."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ def chromium() -> str | None:
 
 
 def missing() -> str:
-    """Name what these tests need and is not here."""
+    """Return the tools that these tests need and that are missing; empty if none is."""
     lacks = [n for n in ("playwright", "notebook", "jupyterlab") if not importlib.util.find_spec(n)]
     if not chromium():
         lacks.append("Chromium (looked for $CHROMIUM, chromium and google-chrome)")
@@ -39,7 +39,7 @@ LATENCIES = pytest.StashKey[dict]()
 
 @pytest.fixture
 def latencies(request) -> dict[tuple[str, ...], dict[str, float]]:
-    """Seconds from clicks to their effects, by kernel, route and front end; printed at the end."""
+    """Seconds from each click to its effect, by kernel, route and front end; printed at the end."""
     return request.config.stash.setdefault(LATENCIES, {})
 
 

@@ -1,4 +1,4 @@
-"""A Jupyter server for the tests, for JupyterLab and Notebook alike."""
+"""A Jupyter server for the tests, which serves both JupyterLab and Notebook."""
 
 import ctypes
 import json
@@ -23,7 +23,7 @@ def wait_until(
     timeout: float = WAIT,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Call `true` until it is, or fail."""
+    """Call `true` until it returns something true, or fail."""
     end = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < end, f"not within {timeout:g} s: {what}"
@@ -109,7 +109,7 @@ class Server:
         wait_until(answers, "the server answers", 60)
 
     def stop(self) -> None:
-        """End the server and its kernels, which end themselves should they lose the server."""
+        """Stop the server and its kernels, which also stop by themselves if they lose it."""
         self.process.terminate()
         try:
             self.process.wait(15)

@@ -1,4 +1,4 @@
-"""The harness itself, with plain widgets: what it says of a page is so."""
+"""The harness itself, with plain widgets: what it reports about a page is true."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Kernels with several versions of ipykernel, all run by the interpreter of the tests."""
+"""Kernels of several ipykernel versions, all run by the interpreter that runs the tests."""
 
 import json
 import os
@@ -17,13 +17,13 @@ EXTRA = ("nest-asyncio==1.6.0", "nest-asyncio2==1.7.4", "psutil==7.2.2")
 
 
 def cache() -> Path:
-    """Where the overlays are kept: apart for each Python, since psutil is compiled."""
+    """Return the folder of the overlays: one per Python version, since psutil is compiled."""
     python = f"{sys.implementation.cache_tag}-{sys.platform}"
     return ROOT / ".pytest_cache" / "kernels" / python
 
 
 def overlay(version: str) -> Path:
-    """Return a folder that, first on PYTHONPATH, makes this interpreter run that ipykernel."""
+    """Return a folder that, put first on PYTHONPATH, makes this interpreter run that ipykernel."""
     folder = cache() / version
     if folder.is_dir():
         return folder
@@ -62,7 +62,7 @@ def environment(version: str) -> dict[str, str]:
 
 
 def kernelspecs(folder: Path) -> None:
-    """Write a kernelspec for every version; `folder` then goes on JUPYTER_PATH."""
+    """Write a kernelspec for every version into `folder`, which belongs on JUPYTER_PATH."""
     for version in VERSIONS:
         # The version's own kernelspec, since front ends read from it what the kernel supports.
         own = overlay(version) / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"

@@ -1,4 +1,4 @@
-"""Each version of ipykernel starts, runs code and hears a click."""
+"""Each version of ipykernel starts, runs code and receives a click."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Batches of every kind: unpacked, named, moved, and read in windows with their shares."""
+"""Batches of every kind are unpacked, named, moved, and read in windows with their shares."""
 
 import collections
 import math

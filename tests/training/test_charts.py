@@ -1,4 +1,4 @@
-"""The plotly figure, the widgets, and what they leave in the cell; without a kernel."""
+"""The plotly figure, the widgets, and what they leave in the cell, tested without a kernel."""
 
 import pytest
 

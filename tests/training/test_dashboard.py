@@ -1,4 +1,4 @@
-"""The dashboard without a kernel: buttons, pauses, files; and that it can never end training."""
+"""The dashboard without a kernel: buttons, pauses and files. It can never end training."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Numbers that show whether a batch is finite, and which part was not."""
+"""Checks that show whether a batch is finite, and which part of it is not."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Loaders that are left in the middle of an epoch, and continued by another object."""
+"""Loaders interrupted in the middle of an epoch and continued by another object."""
 
 import gc
 import multiprocessing

@@ -1,4 +1,4 @@
-"""What a loss function says about itself, and the weight of a batch that follows from it."""
+"""What a loss function reveals about itself, and the batch weight that follows."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Scores that are watched: which way is better, and names that do not exist."""
+"""Monitored scores: which direction is better, and names that do not exist."""
 
 import math
 

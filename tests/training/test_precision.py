@@ -1,4 +1,4 @@
-"""Devices, autocast and the scale of the loss."""
+"""Devices, autocast and loss scaling."""
 
 import warnings
 

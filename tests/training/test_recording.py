@@ -1,4 +1,4 @@
-"""Samplers that continue their order, and workers that report their random states."""
+"""Samplers continue their order, and workers report their random states."""
 
 import pickle
 import random

@@ -1,4 +1,4 @@
-"""State comes from the file, settings from the caller; what does not fit is refused."""
+"""State comes from the file and settings from the caller; a state that does not fit is refused."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Skipped steps: counted alike on host and device, explained, and limited."""
+"""Skipped steps are counted alike on host and device, explained, and limited."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""One guarded optimizer step: everything happens, or nothing."""
+"""One guarded optimizer step: all of it happens, or none."""
 
 import copy
 import math

@@ -24,7 +24,7 @@ def running_kernel() -> Any | None:
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-009
 def has_front_end() -> bool:
-    """Say whether the running cell was sent by a notebook front end, which can show widgets."""
+    """Return whether the running cell was sent by a notebook front end, which can show widgets."""
     kernel = running_kernel()
     if kernel is None:
         return False
@@ -89,7 +89,7 @@ def answer(kernel: Any, identity: list[bytes], message: dict[str, Any]) -> None:
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-025
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Delay an interrupt to the end of the block; only the main thread ever gets one."""
+    """Delay an interrupt to the end of the block. Only the main thread ever gets one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -104,7 +104,7 @@ def interrupts_held() -> Iterator[None]:
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-027
 def flush(stream: Any) -> None:
-    """Handle the messages that wait at a stream of this thread; without any, a microsecond."""
+    """Handle the messages that wait at this thread's stream. Without any, it takes 1 µs."""
     import zmq
 
     if stream.socket.get(zmq.EVENTS) & zmq.POLLIN:
@@ -114,7 +114,7 @@ def flush(stream: Any) -> None:
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-029
 def call_in(channel: Any, act: Callable[[], None], timeout: float = 5.0) -> None:
-    """Call a function in a kernel's shell channel thread, or here if there is none, and wait.
+    """Call a function in a kernel's shell channel thread and wait; without one, call it here.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def call_in(channel: Any, act: Callable[[], None], timeout: float = 5.0) -> None
     act
         The function.
     timeout
-        Seconds to wait at most.
+        Longest wait, in seconds.
     """
     if channel is None:
         act()
@@ -141,7 +141,7 @@ def call_in(channel: Any, act: Callable[[], None], timeout: float = 5.0) -> None
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-032
 class Responder:
-    """Answers a kernel's comm messages, one at a time, in the context of this cell.
+    """Answers a kernel's comm messages, one at a time, in the context of the current cell.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def catch_up(inbox: Any, responder: Responder) -> None:
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-040
 class LiveWidgets:
-    """Delivers comm messages while a cell runs; this class has nothing to do.
+    """Delivers comm messages while a cell runs; this base version does nothing.
 
     Parameters
     ----------
@@ -208,10 +208,10 @@ class LiveWidgets:
         self.lock = threading.RLock()
 
     def poll(self) -> None:
-        """Answer waiting messages where nothing else does; it costs a microsecond."""
+        """Answer waiting messages if nothing else does. Without any, it takes 1 µs."""
 
     def close(self) -> None:
-        """Put everything back."""
+        """Restore the kernel."""
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-043
 class ShellTap(LiveWidgets):
@@ -241,16 +241,16 @@ class ShellTap(LiveWidgets):
         self.stream.on_recv(self.receive, copy=False)
 
     def poll(self) -> None:
-        """Answer waiting messages where nothing else does; it costs a microsecond."""
+        """Answer waiting messages if nothing else does. Without any, it takes 1 µs."""
         if not self.wants_polls or self.responder.is_answering:
             return
         if threading.current_thread() is self.thread:
             flush(self.stream)
 
     def close(self) -> None:
-        """Put everything back."""
+        """Restore the kernel."""
         self.poll()
-        self.responder.is_open = False  # should another tap cover this one: only pass on
+        self.responder.is_open = False  # if another tap is in front of this one: only pass on
         call_in(self.channel, self._give_back)
 
     def _give_back(self) -> None:
@@ -287,7 +287,7 @@ def open_tap() -> LiveWidgets:
     return ShellTap(kernel)
 
 # %% ../../nbs/notebook/10_kernel.ipynb #kernel-051
-_open: list[LiveWidgets] = []  # the same tap, once for each block that is in it
+_open: list[LiveWidgets] = []  # the same tap, once for each open block
 _guard = threading.Lock()
 
 
@@ -295,8 +295,8 @@ _guard = threading.Lock()
 def live_widgets() -> Iterator[LiveWidgets]:
     """Let widgets react while this cell runs.
 
-    Yields an object with `poll()`, to call often, such as between batches; with `lock`, to hold
-    while you change widgets; and with `problem`, a message if widgets cannot react.
+    Yields an object with three members. Call `poll()` often, such as between batches. Hold `lock`
+    while you change widgets. `problem` is a message if widgets cannot react, otherwise None.
     """
     with _guard, interrupts_held():
         _open.append(_open[0] if _open else open_tap())

@@ -26,7 +26,7 @@ __all__ = ['EarlyStopping', 'CheckpointCallback']
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-006
 def stop_text(name: str, best: float | None, epoch: int | None, waited: int) -> str:
-    """Return why a run stops: which value was best, in which epoch (counted from 0), and since."""
+    """Return why a run stops; `epoch` is the best one, counted from 0."""
     text = "had no value"
     if best is not None and epoch is not None:
         text = f"was best in epoch {epoch + 1} ({best:.4g})"
@@ -45,7 +45,7 @@ class EarlyStopping(Callback):
     min_delta
         How much better than the best counts as an improvement, in the score's unit.
     mode
-        `"min"`, `"max"`, or `"auto"`: as the metric says, else by well-known names.
+        `"min"`, `"max"`, or `"auto"`: the metric decides, else a list of well-known names.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class EarlyStopping(Callback):
         self.waited = 0
 
     def on_train_start(self, trainer: RunView) -> None:
-        """Forget the run of another trainer; after a stop of its own, wait again."""
+        """Reset for a new run, and reset the count after a stop that this callback caused."""
         self.monitor.check_start(trainer)
         if is_fresh(trainer):
             self.best, self.best_epoch, self.waited = None, None, 0
@@ -95,7 +95,7 @@ Kept = list[tuple[float, str]]  # score and file name, best first
 
 
 def add_ranked(kept: Kept, score: float, name: str, monitor: Monitor, top_k: int) -> Kept:
-    """Return the models to keep once another one has its score; `top_k` of -1 keeps all."""
+    """Return the models to keep after adding one; a `top_k` of -1 keeps all."""
     if math.isnan(score) and top_k >= 0:
         return kept[:top_k]
     others = (None if math.isnan(other) else other for other, _ in kept)
@@ -110,7 +110,7 @@ class OwnFiles:
     """The files in a folder that belong to a run."""
 
     kept: Kept  # the best models
-    owns_last: bool = False  # whether last.pt is the run's, too
+    owns_last: bool = False  # whether last.pt belongs to the run as well
 
     @property
     def names(self) -> set[str]:
@@ -134,7 +134,7 @@ class OwnFiles:
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-018
 def load_own_files(state: Mapping[str, Any], folder: Path) -> OwnFiles:
-    """Return the list from a checkpoint, as far as it is valid in this folder."""
+    """Return the list from a checkpoint, or the part of it that is valid in this folder."""
     if state["folder"] != str(folder.resolve()):
         return OwnFiles([])
     kept = [(float(score), str(name)) for score, name in state["kept"]]
@@ -142,13 +142,13 @@ def load_own_files(state: Mapping[str, Any], folder: Path) -> OwnFiles:
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-021
 def free_path(path: Path, mark: str = "v") -> Path:
-    """Return the path, with a number behind its name if that is taken."""
+    """Return the path, with a number appended to its name if that is taken."""
     numbered = (path.with_name(f"{path.stem}-{mark}{n}{path.suffix}") for n in itertools.count(1))
     return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 def model_path(folder: Path, epoch: int, monitor: str, score: float) -> Path:
-    """Return a free path that names a model's epoch, counted from 1, and its score."""
+    """Return a free path whose name shows the epoch, counted from 1, and the score."""
     return free_path(folder / f"epoch={epoch + 1:03d}-{monitor.replace('/', '_')}={score:.4f}.pt")
 
 
@@ -161,7 +161,7 @@ def move_aside(path: Path) -> None:
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-024
 def prepare_folder(folder: Path) -> None:
-    """Create a folder, try it, and remove what a killed process left half written there."""
+    """Create a folder, test it, and remove half-written files of killed processes."""
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def prepare_folder(folder: Path) -> None:
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-027
 @dataclass
 class PendingSave:
-    """A save that may still fail: what the run owned before it, and what it changes."""
+    """A save that may still fail: the files that the run owns before it and after it."""
 
     when: str  # "after epoch 3"
     before: OwnFiles
@@ -194,7 +194,7 @@ class PendingSave:
             last.with_name(name).unlink(missing_ok=True)
 
     def failure(self, error: Exception) -> str:
-        """Return what to say about a failure, and what to do."""
+        """Return the warning for a failure: what is missing, and what to do."""
         if self.is_written and self.is_final:
             text = f"The model {self.when} belongs among the best and has no copy: copy last.pt."
         elif self.is_written:
@@ -215,7 +215,7 @@ class CheckpointFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.own, self.warned = OwnFiles([]), False
-        self.position: tuple[int, int, int] | None = None  # of the last save that may stand
+        self.position: tuple[int, int, int] | None = None  # of the last save, unless it failed
         self.saved_step, self.saved_at = 0, 0.0
         self.saving: tuple[Future[Path], PendingSave] | None = None
 
@@ -227,7 +227,7 @@ class CheckpointFiles:
         self.note_position(trainer)
 
     def note_position(self, trainer: RunView) -> None:
-        """Remember where the run is, and when: from here on it is saved."""
+        """Remember the run's position and the time, as those of the last save."""
         self.position = position_of(trainer)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
 
@@ -240,7 +240,7 @@ class CheckpointFiles:
     def save(
         self, trainer: RunView, when: str, kept: Kept | None = None, *, is_final: bool = False
     ) -> None:
-        """Start to write `last.pt`; then copy it to the new names in `kept`, and delete others."""
+        """Start to write `last.pt`, to copy it to new names in `kept`, and to delete old ones."""
         self.wait()
         self.note_position(trainer)
         own = OwnFiles(self.own.kept if kept is None else kept, owns_last=True)
@@ -288,7 +288,7 @@ def check_top_k(top_k: object) -> int:
 
 
 def check_intervals(steps: object, minutes: object) -> tuple[float, float]:
-    """Return the intervals in steps and seconds, infinite for None; raise if one is not above 0."""
+    """Return the intervals in steps and seconds; None becomes infinite. Raise unless above 0."""
     try:
         if steps is not None:
             steps = whole_number("CheckpointCallback: every_n_steps", steps, 1)
@@ -316,11 +316,11 @@ class CheckpointCallback(Callback):
     Parameters
     ----------
     dirpath
-        The folder. It is created, and tried, before the first step.
+        The folder. It is created and tested before the first step.
     monitor
-        The score by which models are ranked.
+        The key in the history of the score that ranks the models.
     mode
-        `"min"`, `"max"`, or `"auto"`: as the metric says, else by well-known names.
+        `"min"`, `"max"`, or `"auto"`: the metric decides, else a list of well-known names.
     save_top_k
         How many of the best to keep: 0 keeps only the last, -1 keeps all.
     every_n_steps, every_minutes
@@ -372,14 +372,14 @@ class CheckpointCallback(Callback):
         return self.files.own.best[0]
 
     def on_train_start(self, trainer: RunView) -> None:
-        """Make sure, before the first step, that the score will come and the folder takes files."""
+        """Check before the first step that the score can exist and that the folder is writable."""
         self.ends_unsaved = True
         self.monitor.check_start(trainer)
         self.files.start(trainer)
         self.ends_unsaved = False
 
     def on_safepoint(self, trainer: RunView, phase: str) -> None:
-        """Write `last.pt` if it is time to."""
+        """Write `last.pt` if an interval has passed."""
         steps = trainer.global_step - self.files.saved_step
         seconds = time.monotonic() - self.files.saved_at
         if steps > 0 and (steps >= self.every_n_steps or seconds >= self.every_seconds):
@@ -401,15 +401,15 @@ class CheckpointCallback(Callback):
         self.ends_unsaved |= isinstance(error, Exception) and not self.save_on_exception
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Write `last.pt` if the run has moved since it was saved last."""
+        """Write `last.pt` if the run has advanced since the last save."""
         if self.files.position != position_of(trainer) and not self.ends_unsaved:
             self.files.save(trainer, f"after step {trainer.global_step}", is_final=True)
         self.files.wait(is_final=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the memory: which files were kept, with their scores."""
+        """Return the memory: the files kept and their scores."""
         return self.files.own.state_dict(self.dirpath)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved memory, as far as its files are in this folder."""
+        """Continue from a saved memory, with those of its files that are in this folder."""
         self.files.own = load_own_files(state, self.dirpath)

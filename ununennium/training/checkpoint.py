@@ -243,7 +243,7 @@ def load_file(path: str | os.PathLike | None) -> dict[str, Any]:
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-062
 def newest_first(folder: str | os.PathLike) -> list[Path]:
-    """Return a folder's checkpoints, newest first, and those that were moved aside at the end."""
+    """Return a folder's checkpoints, newest first; those that were moved aside come last."""
     usual = {"last.pt": 2, "previous.pt": 1}
 
     def key(path: Path) -> tuple[bool, int, int, str]:

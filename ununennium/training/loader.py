@@ -43,7 +43,7 @@ def hold_until_gone(owner: object, *parts: Any) -> None:
     weakref.finalize(owner, _release, list(parts), os.getpid()).atexit = False
 
 # %% ../../nbs/training/45_loader.ipynb #loader-011
-# NumPy has no others, such as bfloat16.
+# NumPy lacks all others, such as bfloat16.
 NUMPY_DTYPES = frozenset({
     torch.float16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool,
@@ -74,11 +74,11 @@ class Fingerprints:
         self.last: deque[tuple[int, Any]] = deque(maxlen=keep)
 
     def add(self, number: int, batch: Any, can_wait: bool) -> None:
-        """Note the batch before batch `number`, or the batch itself if it will not change."""
+        """Note the batch before batch `number`: its fingerprint, or all of it if that can wait."""
         self.last.append((number, batch if can_wait else fingerprint(batch)))
 
     def before(self, number: int) -> int | None:
-        """Return the fingerprint of the batch before batch `number`; None if it is not known."""
+        """Return the fingerprint of the batch before batch `number`; None if it was not kept."""
         for noted, value in self.last:
             if noted == number:
                 return value if isinstance(value, int) else fingerprint(value)
@@ -88,29 +88,29 @@ class Fingerprints:
 def owners_of(loader: Any) -> tuple[Any, ...]:
     """Return the parts of a loader that may hold random generators."""
     names = ("generator", "sampler", "batch_sampler", "dataset", "collate_fn")
-    if isinstance(loader, DataLoader):  # its iterator and its workers have no part in this
+    if isinstance(loader, DataLoader):  # not its iterator and its workers
         return tuple(getattr(loader, name) for name in names)
     return (loader,)
 
 # %% ../../nbs/training/45_loader.ipynb #loader-020
 @dataclass
 class InstrumentedLoader:
-    """A loader, and the copy of it whose sampler and workers take notes.
+    """A loader, and a copy of it whose sampler and workers take notes.
 
     Parameters
     ----------
     loader
-        The user's.
+        The user's loader.
     copy
-        What is iterated; the loader itself if it is no `DataLoader`.
+        What is iterated; the loader itself if it is not a `DataLoader`.
     max_ahead
-        How many batches may have been read and not be done.
+        How many batches may have been read but not be done.
     sampler
-        The copy's; None if there is no order to record, as in a stream.
+        The copy's sampler; None if there is no order to record, as in a stream.
     workers
         Number of worker processes.
     persists
-        Whether they live on between epochs.
+        Whether the workers survive between epochs.
     """
 
     loader: Any
@@ -123,7 +123,7 @@ class InstrumentedLoader:
     @property
     def is_running(self) -> bool:
         """Whether persistent workers are waiting for the next epoch."""
-        # PyTorch has no public way to ask for it.
+        # PyTorch has no public way to ask for this.
         return self.persists and getattr(self.copy, "_iterator", None) is not None
 
 # %% ../../nbs/training/45_loader.ipynb #loader-022
@@ -132,7 +132,7 @@ def instrument(loader: Any, max_ahead: int, states: dict[int, Any]) -> Instrumen
     if getattr(type(loader), "__iter__", None) is not DataLoader.__iter__:
         return InstrumentedLoader(loader, loader, max_ahead)
     source, sampler = copy.copy(loader), None
-    source._iterator = None  # of persistent workers: those of the user's loader are not ours
+    source._iterator = None  # persistent workers of the user's loader are not ours
     if not isinstance(loader.dataset, IterableDataset):
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = ResumableSampler(getattr(loader, name), owners_of(loader))
@@ -144,7 +144,7 @@ def instrument(loader: Any, max_ahead: int, states: dict[int, Any]) -> Instrumen
 
 # %% ../../nbs/training/45_loader.ipynb #loader-025
 def loader_state(loader: Any) -> Any:
-    """Return a loader's own `state_dict()`; None if it has none, or none that a file can hold."""
+    """Return a loader's own `state_dict()`; None if it has none that a file can hold."""
     if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
         return None
     try:
@@ -154,7 +154,7 @@ def loader_state(loader: Any) -> Any:
 
 # %% ../../nbs/training/45_loader.ipynb #loader-028
 class LoaderIterator:
-    """One pass over a loader, with notes from which it can be resumed after its last batches.
+    """One pass over a loader, which can be resumed after any of its latest batches.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ class LoaderIterator:
     initial, latest
         Random states of the workers, when the epoch began and now.
     number
-        How many batches of the epoch were read before.
+        How many batches of the epoch have already been read.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class LoaderIterator:
 
 # %% ../../nbs/training/45_loader.ipynb #loader-030
 def position_of(iterator: LoaderIterator, done: int) -> dict[str, Any]:
-    """Return what it takes to continue a pass after `done` batches, as plain values."""
+    """Return all that is needed to continue a pass after `done` batches, as plain values."""
     source, first, states = iterator.source, done, iterator.states.initial
     if source.sampler is not None:
         first -= done % max(source.workers, 1)  # the last batch for worker 0
@@ -219,7 +219,7 @@ def position_of(iterator: LoaderIterator, done: int) -> dict[str, Any]:
 
 # %% ../../nbs/training/45_loader.ipynb #loader-034
 def knows_the_way(source: InstrumentedLoader, position: dict[str, Any]) -> bool:
-    """Return whether the loader saved a position of its own, and can go to it."""
+    """Return whether the loader saved its own position and can return to it."""
     return position["loader"] is not None and hasattr(source.loader, "load_state_dict")
 
 
@@ -245,7 +245,7 @@ def skip_to(iterator: LoaderIterator, done: int) -> None:
 
 # %% ../../nbs/training/45_loader.ipynb #loader-038
 def differences(position: dict[str, Any], iterator: LoaderIterator, first: int) -> Iterator[str]:
-    """Yield how an epoch that resumes with batch `first` differs from the one that was left."""
+    """Yield how an epoch that resumes with batch `first` differs from the interrupted one."""
     source, done = iterator.source, position["done"]
     if (position["order"] is None) != (source.sampler is None):
         if not knows_the_way(source, position):
@@ -267,9 +267,9 @@ def carried_over(last: LoaderIterator | None, loaded: dict[int, Any]) -> dict[in
     Parameters
     ----------
     last
-        The last epoch; one that is not over is given up.
+        The last epoch, which is abandoned if it is not over.
     loaded
-        The states from a file, if no epoch was read since.
+        The states from a file, if no epoch has been read since.
     """
     if last is None:
         return loaded
@@ -286,7 +286,7 @@ def begin_epoch(
     running = last.source if last and last.is_over and last.source.is_running else None
     source = running or instrument(loader, max_ahead, unpickled(carried))
     began = random_state(*owners)
-    # New workers cost a seed. Had the old ones lived on, none would have been drawn.
+    # Starting new workers draws a seed. Workers that had survived would not have needed one.
     undo_seed = bool(carried) and running is None
     if undo_seed and source.sampler is not None:
         source.sampler.next_random = began
@@ -325,7 +325,7 @@ class ResumableLoader:
     loader
         Anything that can be iterated once per epoch. It stays as it is.
     max_ahead
-        How many batches may have been read and not be done; 0 if every epoch is read to its end.
+        How many batches may have been read but not be done; 0 if every epoch is read to its end.
     """
 
     def __init__(self, loader: Any, max_ahead: int = 1) -> None:
@@ -339,9 +339,9 @@ class ResumableLoader:
         return self.iterator
 
     def state(self, done: int | None = None) -> dict[str, Any]:
-        """Return the position after `done` batches, for `resume`; between two epochs, omit `done`.
+        """Return the position after `done` batches, as plain values for `resume`.
 
-        `load` takes what was returned between two epochs. Both are plain values.
+        Between two epochs, omit `done`, and pass the result to `load` instead.
         """
         if done is None:
             return {"workers": unpickled(carried_over(self.iterator, self.loaded))}
@@ -350,12 +350,12 @@ class ResumableLoader:
         return position_of(self.iterator, done)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what `state()` returned between two epochs."""
+        """Continue from what `state()` returned between two epochs."""
         persists = instrument(self.loader, self.max_ahead, {}).persists
         self.loaded, self.iterator = dict(state["workers"]) if persists else {}, None
 
     def resume(self, position: dict[str, Any]) -> LoaderIterator:
-        """Continue an epoch from what `state(done)` returned; warn if that cannot be exact.
+        """Continue an epoch from what `state(done)` returned; warn if this cannot be exact.
 
         Raises
         ------

@@ -26,7 +26,7 @@ __all__ = ['RunLog', 'RunRecorder']
 
 # %% ../../nbs/training/82_runlog.ipynb #runlog-006
 def mean_of_known(values: np.ndarray) -> np.ndarray:
-    """Return the row means of `(N, K)` without NaN; a row of nothing else gives NaN."""
+    """Return the row means of `(N, K)` without NaN; a row of nothing but NaN gives NaN."""
     known = ~np.isnan(values)
     counts = known.sum(1)
     sums = np.where(known, values, 0.0).sum(1)
@@ -39,10 +39,10 @@ class Series:
     def __init__(self, capacity: int = 1000) -> None:
         self.capacity, self.stride = capacity, 1  # stride: steps that each kept point stands for
         self._kept = np.empty((2, 0))
-        self._pending = np.empty((2, 0))  # too few for a point of their own
+        self._pending = np.empty((2, 0))  # too few for another point
 
     def extend(self, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> None:
-        """Append points in their order."""
+        """Append points in order."""
         self._pending = np.concatenate([self._pending, np.asarray([x, y], dtype=float)], axis=1)
         while True:
             self._average_pending()
@@ -76,7 +76,7 @@ class Timeline:
     Parameters
     ----------
     epoch, batch
-        Where the log starts: completed epochs, and batches done of the open one.
+        Where the log starts: completed epochs, and completed batches of the open epoch.
     batches
         Batches per epoch, if known.
     """
@@ -91,12 +91,12 @@ class Timeline:
         return self._counts[-1]
 
     def start_epoch(self, count: int) -> None:
-        """Note that one epoch ended after `count` batches and the next starts."""
+        """Note that an epoch ended after `count` batches, and the next one starts."""
         self._counts.append(count)
         self._epochs.append(self._epochs[-1] + 1)
 
     def __call__(self, counts: Any) -> np.ndarray:
-        """Return the positions in epochs of batches `(N,)`."""
+        """Return the positions of batches `(N,)`, in epochs."""
         counts = np.asarray(counts, dtype=float)
         inside = np.maximum(counts - self._counts[-1], 0.0)
         part = inside / self.batches if self.batches else 1 - 100 / (100 + inside)
@@ -108,11 +108,11 @@ class Timeline:
 class Speed:
     """How fast a run trains. Times are in seconds."""
 
-    samples: float = 1.0  # in the latest batch that was counted
+    samples: float = 1.0  # samples in the latest batch that was counted
     batches: int = 0
-    trained: float = 0.0  # for these batches, waiting for data included
-    waited: float = 0.0  # of that, for data
-    validated: float = 0.0  # in the latest validation, or an estimate for the first
+    trained: float = 0.0  # time for these batches, including the wait for data
+    waited: float = 0.0  # the part of it spent waiting for data
+    validated: float = 0.0  # duration of the latest validation, or an estimate for the first
 
     @property
     def samples_per_second(self) -> float | None:
@@ -126,14 +126,14 @@ class Speed:
 
 # %% ../../nbs/training/82_runlog.ipynb #runlog-022
 class Stopwatch:
-    """Measure a `Speed`; pauses and drawing count as no work."""
+    """Measure a `Speed`, without pauses and drawing."""
 
     def __init__(self, speed: Speed) -> None:
         self.speed = speed
         self.restart(0.0)
 
     def restart(self, data_wait: float | None = None) -> None:
-        """Time from now on, and if given, count the run's waiting for data from `data_wait` on."""
+        """Start timing now; if given, `data_wait` is the wait for data that is already counted."""
         self.counted = self.ended = time.perf_counter()
         if data_wait is not None:
             self.waited = data_wait
@@ -157,13 +157,13 @@ class Stopwatch:
         self.counted += self.lap() - before
 
     def time_validation(self, share: float = 1.0) -> None:
-        """Note the duration of a validation of which a share is done."""
+        """Note the duration of a validation, extrapolated from the share that is done."""
         self.speed.validated = (self.lap() - self.counted) / share
 
 # %% ../../nbs/training/82_runlog.ipynb #runlog-026
 @dataclass
 class Mark:
-    """An event worth showing: after which batch, by the log's count, and what to write."""
+    """An event worth showing: the log's count of batches when it happened, and its text."""
 
     count: float
     text: str
@@ -174,7 +174,7 @@ class RunLog:
     """What a display knows about a run."""
 
     state: str = "ready"
-    reason: str = ""  # why it is in this state, or what to do about it
+    reason: str = ""  # why it is in this state, or what the reader can do
     note: str = ""  # the latest event, for the reader
     phase: str = "running"  # or "validating"
     epoch: int = 0  # completed epochs
@@ -199,7 +199,7 @@ class RunLog:
         return self.state in ("stopped", "done", "failed")
 
     def enter(self, phase: str) -> None:
-        """Start to train or to validate; a state such as `pausing` stays on show."""
+        """Start to train or to validate; a state such as `pausing` stays visible."""
         if self.state == self.phase:
             self.state = phase
         self.phase = phase
@@ -213,7 +213,7 @@ def add_mark(log: RunLog, text: str, count: float | None = None) -> None:
 
 # %% ../../nbs/training/82_runlog.ipynb #runlog-033
 def events(log: RunLog, apart: float = 0.03) -> list[tuple[float, str]]:
-    """Return what happened at which epoch; events too close to read apart share a text."""
+    """Return events with their positions in epochs; those too close to read share a text."""
     shared: list[tuple[float, str]] = []
     limit = apart * float(log.where(log.count))
     for where, text in sorted((float(log.where(mark.count)), mark.text) for mark in log.marks):
@@ -237,7 +237,7 @@ def start_fit(log: RunLog, trainer: RunView) -> None:
 
 # %% ../../nbs/training/82_runlog.ipynb #runlog-042
 def end_epoch(log: RunLog, trainer: RunView) -> None:
-    """Note that an epoch is complete, and its scores."""
+    """Note the end of an epoch, and its scores."""
     log.batches = log.where.batches = num_batches(trainer.train_loader) or log.batch
     log.where.start_epoch(log.count)
     log.epoch, log.batch, log.history = trainer.epoch, 0, trainer.history
@@ -300,7 +300,7 @@ class StepNotes:
         self._rates.append(rate)
 
     def collect(self, log: RunLog) -> int:
-        """Move the notes into the log, all but the losses; return the number of steps."""
+        """Move all notes but the losses into the log; return the number of steps."""
         if not self._losses:
             return 0
         losses, self._losses = self._losses, []
@@ -311,13 +311,13 @@ class StepNotes:
         if known:
             is_known = np.array([loss is not None for loss in losses])
             self._unread.append((counts[is_known], torch.stack(known)))
-        if not isinstance(rates[0], Tensor):  # a tensor may be on the device
+        if not isinstance(rates[0], Tensor):  # a tensor may be on the device: do not read it
             add_rates(log, counts, rates, self._held_rates)
             self._held_rates = [*self._held_rates, *rates][-3:]
         return len(losses)
 
     def read(self, log: RunLog) -> None:
-        """Read the collected losses into the log, which waits for the device."""
+        """Read the collected losses into the log; this waits for the device."""
         unread, self._unread = self._unread, []
         if unread:
             losses = torch.cat([losses.float() for _, losses in unread]).cpu().numpy()
@@ -375,10 +375,10 @@ class RunRecorder(Callback):
         if self.watch.lap() >= self.look_at:
             self.log.speed.samples = sample_count((trainer.unpack(batch)[0],))
             self.look(trainer)
-            self.watch.restart()  # looking is no work
+            self.watch.restart()  # the time for a display is not training
 
     def on_safepoint(self, trainer: RunView, phase: str) -> None:
-        """Count the batches of a validation; leave pauses out."""
+        """Count the batches of a validation; leave out pauses."""
         if phase != "train":
             self.collect(trainer)
         if phase == "paused":
@@ -400,12 +400,12 @@ class RunRecorder(Callback):
             self.log.state, self.log.reason = "failed", f"{type(error).__name__}: {error}"
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Note how it ended."""
+        """Note how the `fit` ended."""
         self.update(trainer)
         end_fit(self.log, trainer)
 
     def collect(self, trainer: RunView) -> None:
-        """Count the steps so far, and read nothing from the device."""
+        """Count the steps so far, without reading from the device."""
         self.watch.add_batches(self.notes.collect(self.log), trainer.data_wait)
 
     def refresh(self, trainer: RunView) -> None:
@@ -414,7 +414,7 @@ class RunRecorder(Callback):
         read_facts(self.log, trainer)
 
     def update(self, trainer: RunView) -> None:
-        """Bring all of the log up to date."""
+        """Bring the whole log up to date, losses included."""
         self.refresh(trainer)
         self.notes.read(self.log)
         self.look_at = time.perf_counter() + 1

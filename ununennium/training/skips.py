@@ -33,7 +33,7 @@ def find_culprit(window: list[MicroBatch]) -> tuple[MicroBatch, str]:
 
 # %% ../../nbs/training/57_skips.ipynb #skips-009
 def quote_culprit(batch: MicroBatch, culprit: str) -> str:
-    """Return the names of a batch's bad samples; of all if it is not known which are bad."""
+    """Return the names of a batch's bad samples, or of all samples if the bad ones are unknown."""
     part = {"input": batch.inputs, "target": batch.target}.get(culprit)
     return quote_names(sample_names(batch.raw), bad_rows(part))
 
@@ -91,13 +91,13 @@ class SkipCounts:
     Parameters
     ----------
     count
-        In this epoch.
+        Skipped steps in this epoch.
     first
-        The epoch's first: number of its batch, and the culprit.
+        The first of them: the number of its batch, and the culprit.
     in_a_row
-        Latest ones, without a step in between, over epochs.
+        Skipped steps since the last one that was taken, across epochs.
     longest
-        The run that is compared with the limit.
+        The length of the run that is compared with the limit.
     """
 
     count: int = 0
@@ -110,7 +110,7 @@ class SkipCounts:
         self.in_a_row = 0 if stepped else self.in_a_row + 1
         if not stepped:
             self.count += 1
-            self.longest = self.in_a_row  # earlier runs were compared with the limit already
+            self.longest = self.in_a_row  # earlier runs have been compared with the limit
 
     def plus(self, later: SkipCounts) -> SkipCounts:
         """Return the counts with those of later steps."""
@@ -140,11 +140,11 @@ def first_skip(numbers: list[list[int]], finite: Tensor, stepped: Tensor) -> Ten
     Parameters
     ----------
     numbers
-        Of the batches, for each of `N` steps.
+        The batch numbers of each of `N` steps.
     finite
-        `(B, C)`, boolean: the checks of all batches in order.
+        `(B, C)`, boolean: the checks of all batches, in order.
     stepped
-        `(N,)`, boolean.
+        `(N,)`, boolean: whether each step was taken.
     """
     pairs = [(step, number) for step, batches in enumerate(numbers) for number in batches]
     steps, batches = torch.tensor(pairs, device=stepped.device).unbind(1)
@@ -176,7 +176,7 @@ class DeviceTally:
         Steps skipped in a row just before the first one added.
     """
 
-    size = 256  # steps that are folded at once
+    size = 256  # steps to fold at once
 
     def __init__(self, in_a_row: int = 0) -> None:
         self.in_a_row: int | Tensor = in_a_row
@@ -216,7 +216,7 @@ class DeviceTally:
 
 # %% ../../nbs/training/57_skips.ipynb #skips-033
 class StepTally:
-    """Counts skipped steps, and knows the batch of the first, wherever they were decided."""
+    """Counts skipped steps, decided on host or device, and remembers the batch of the first."""
 
     def __init__(self) -> None:
         self.counts = SkipCounts()
@@ -232,7 +232,7 @@ class StepTally:
     def add(self, window: list[MicroBatch], stepped: bool | Tensor) -> None:
         """Count a window's step."""
         if isinstance(stepped, Tensor):
-            for batch in window:  # of all: once one is known to be at fault, it is gone
+            for batch in window:  # all names: by the time we know which one is bad, it is gone
                 if (names := sample_names(batch.raw)) is not None:
                     self.samples[batch.number] = quote_names(names)
             self.device = self.device or DeviceTally(self.counts.in_a_row)
@@ -258,7 +258,7 @@ class StepTally:
 
 # %% ../../nbs/training/57_skips.ipynb #skips-037
 def explanation(culprit: str, trail: DivergenceTrail) -> str:
-    """Return what to do about a culprit, and how the loss grew if the data are not to blame."""
+    """Return what to do about a culprit and, unless the data are to blame, how the loss grew."""
     story = "" if culprit in ("input", "target") else trail.describe()
     return f"{HINTS[culprit]} {story}".rstrip()
 
@@ -287,7 +287,7 @@ class SkippedSteps:
     Parameters
     ----------
     limit
-        How many in a row end the training.
+        How many steps skipped in a row end the training.
     """
 
     def __init__(self, limit: int) -> None:
@@ -312,9 +312,9 @@ class SkippedSteps:
             self.raise_if_stuck(epoch)
 
     def close_epoch(self, epoch: int, scaled: bool = False) -> int:
-        """Return how many steps the epoch skipped, after a warning that explains the first.
+        """Return how many steps the epoch skipped, and warn about them, explaining the first.
 
-        A scaled loss (`scaled`) may overflow without a warning.
+        With a scaled loss (`scaled`), gradients may overflow without a warning.
         """
         self.raise_if_stuck(epoch)
         count, (where, culprit) = self.tally.read().count, self.tally.first()
@@ -328,12 +328,12 @@ class SkippedSteps:
         """Raise `TrainingDiverged` if too many steps in a row were skipped."""
         counts = self.tally.read()
         if counts.longest >= self.limit:
-            counts.in_a_row = counts.longest = 0  # a later fit starts afresh
+            counts.in_a_row = counts.longest = 0  # a later fit starts from 0
             message = divergence_message(epoch, self.limit, *self.tally.first())
             raise TrainingDiverged(f"{message} {explanation(self.tally.first()[1], self.trail)}")
 
     def uncounted(self) -> int:
-        """Return how many skipped steps of the epoch the loop has counted as taken."""
+        """Return how many skipped steps of this epoch the loop has counted as taken."""
         self.tally.read()
         return self.tally.late
 
