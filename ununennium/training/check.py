@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from .batches import MicroBatch, num_batches, open_iterator, prediction
 from .batches import quote_names, sample_names
 from .finite import bad_rows
+from .loop import Loop
 from .messages import add_hint, format_bytes
 from .modes import modes_restored
 from .monitor import Monitor
@@ -246,8 +247,14 @@ def inspect_loss_value(run: Run, batch: MicroBatch) -> tuple[str, list[str]]:
     )
 
 # %% ../../nbs/training/78_check.ipynb #check-047
-def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str]]:
-    """Take a batch forward and backward as the run would; return the report and the problems."""
+def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str], list[str]]:
+    """Take a batch forward and backward as the run would.
+
+    Returns
+    -------
+    dict, list, list
+        The report's lines by name, a sentence for each problem, the names of the losses.
+    """
     batch = run.task.prepare(raw, 0)
     report: dict[str, str] = {}
     report["input"], problems = inspect_image(batch.inputs, sample_names(raw))
@@ -260,14 +267,15 @@ def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str]]:
     report["target"], found = inspect_target(batch.target, classes, run.task.ignore_index)
     problems += found + inspect_output(shown, run.task.loss_fn)
     report["output"] = shape_of(shown)
+    losses = list(batch.losses)
     if batch.is_empty:
-        return report, problems
+        return report, problems, losses
     report["loss"], found = inspect_loss_value(run, batch)
     report["memory"] = (
         f"{format_bytes(state_bytes(run.optimizer))} for model, gradients and optimizer, "
         f"{format_bytes(saved.total)} kept for the backward pass of a batch"
     )
-    return report, problems + found
+    return report, problems + found, losses
 
 # %% ../../nbs/training/78_check.ipynb #check-050
 def inspect_last_batch(run: Run) -> list[str]:
@@ -313,7 +321,15 @@ def epoch_length(run: Run) -> str:
     return f"{batches} batches, {-(-batches // run.config.accumulation_steps)} steps"
 
 # %% ../../nbs/training/78_check.ipynb #check-059
-def inspect_run(run: Run) -> tuple[dict[str, str], list[str]]:
+def inspect_loop(loop_class: type[Loop]) -> dict[str, str]:
+    """Return a line about methods of a loop of your own, which a check does not run."""
+    own = [name for name in vars(Loop) if getattr(loop_class, name, None) is not vars(Loop)[name]]
+    own = [name for name in own if not name.startswith("__")]
+    text = f"{loop_class.__name__} has its own {', '.join(own)}, which this check does not run"
+    return {"loop": text} if own else {}
+
+# %% ../../nbs/training/78_check.ipynb #check-061
+def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str], list[str]]:
     """Inspect one batch of each loader, and change nothing.
 
     Returns
@@ -329,25 +345,25 @@ def inspect_run(run: Run) -> tuple[dict[str, str], list[str]]:
         if raw is None:
             report["input"] = "train_loader can be read only once, so it was not inspected"
             return report, []
-        found, problems = inspect_step(run, raw)
-        report |= found
+        found, problems, losses = inspect_step(run, raw)
+        report |= found | inspect_loop(loop_class)
         problems += inspect_last_batch(run)
-        scores: dict[str, float] = {"lr": 0.0, "train_loss": 0.0}
+        scores = {"lr": 0.0} | {f"train_{name}": 0.0 for name in losses}
         if run.val_loader is not None and (val := first_batch(run.val_loader)) is not None:
             scores |= run.evaluator.score([val]) or {}
             report["scores"] = ", ".join(name for name in scores if "/" not in name)
         problems += inspect_monitors(run, scores)
     return report, problems + [str(warning.message) for warning in caught]
 
-# %% ../../nbs/training/78_check.ipynb #check-062
+# %% ../../nbs/training/78_check.ipynb #check-064
 class Problems(list[str]):
     """A list that a notebook does not display, since its items have been printed."""
 
     def _ipython_display_(self) -> None:
         pass
 
-# %% ../../nbs/training/78_check.ipynb #check-064
-def check(run: Run) -> Problems:
+# %% ../../nbs/training/78_check.ipynb #check-066
+def check(run: Run, loop_class: type[Loop] = Loop) -> Problems:
     """Inspect one batch of each loader, print the report, and change nothing.
 
     Raises
@@ -356,7 +372,7 @@ def check(run: Run) -> Problems:
         What training would raise on the first batch, with a hint where there is one.
     """
     try:
-        report, problems = inspect_run(run)
+        report, problems = inspect_run(run, loop_class)
     except Exception as error:
         size = getattr(run.train_loader, "batch_size", None) or 1
         add_hint(error, hint_for(error, size, run.config.accumulation_steps))

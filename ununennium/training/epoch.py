@@ -67,6 +67,14 @@ class OpenEpoch:
                 mean = self.means.setdefault(name, WeightedMean())
                 mean.update(value, batch.weight, step.stepped)
 
+    def require_closed(self) -> None:
+        """Raise a `RuntimeError` if the window is still open after its step."""
+        if self.window:
+            raise RuntimeError(
+                "The step returned, but its window is still open, so the same batches would come "
+                "again for ever. In your loop, call super().update(window, epoch)."
+            )
+
     def suspend(self, loader: ResumableLoader) -> None:
         """Drop an iterator that has raised; the next `fit` resumes from the position."""
         if self.windows and self.windows.raised and not isinstance(loader.loader, Iterator):

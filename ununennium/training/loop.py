@@ -5,15 +5,13 @@
 # %% ../../nbs/training/70_loop.ipynb #loop-003
 from __future__ import annotations
 
-import time
-
 from torch import Tensor
 
 from .batches import MicroBatch
 from .epoch import OpenEpoch
 from .hooks import Hooks, RunView
 from .run import Run, close_epoch, count_step, end_of_loader, enter_epoch
-from .run import make_stepper, note_random_state
+from .run import hold_while_paused, make_stepper, note_random_state
 from .session import session
 
 # %% auto #0
@@ -32,7 +30,7 @@ class Loop:
     """
 
     def __init__(self, run: Run, trainer: RunView) -> None:
-        self.run, self.hooks = run, Hooks(run.callbacks, trainer)
+        self.run, self.trainer, self.hooks = run, trainer, Hooks(run.callbacks, trainer)
         self.stepper = make_stepper(run)
 
     def fit(self) -> None:
@@ -62,6 +60,7 @@ class Loop:
         """Take the epoch's steps; return False if asked to stop before its end."""
         while window := epoch.next_window():  # the same one again until its step is done
             self.step(window, epoch)
+            epoch.require_closed()
             if self.asked_to_stop("train"):
                 return False
         end_of_loader(self.run, epoch)
@@ -72,18 +71,24 @@ class Loop:
         self.stepper.begin()  # a skipped step must leave no trace
         for batch in window:
             self.hooks.call("on_batch_start", batch.raw)
-            logs = self.backward(batch)
+            logs = self.backward(batch) or {}
             if batch is window[-1]:
-                logs |= self.update(window, epoch)
+                logs |= self.update(window, epoch) or {}
             self.hooks.call("on_batch_end", batch.raw, logs)
 
     def backward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Add a batch's share to the gradient; return its losses."""
         if batch.is_empty:
             return {}
-        self.run.task.forward(batch)
+        with self.run.task.precision.autocast():
+            batch.losses = self.losses(batch)
         self.stepper.backward(batch.losses["loss"], batch.share)
         return batch.detach_losses("train_")
+
+    def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """Return the batch's losses by name: `loss` is minimised, and all are in the history."""
+        self.run.task.forward(batch)
+        return batch.losses
 
     def update(self, window: list[MicroBatch], epoch: OpenEpoch) -> dict[str, Tensor]:
         """Unscale and clip the gradient, step or skip, and count; return what to log."""
@@ -104,9 +109,6 @@ class Loop:
 
     def asked_to_stop(self, phase: str) -> bool:
         """Let callbacks save, pause or stop the run here; return whether it should stop."""
-        progress = self.run.progress
         self.hooks.call("on_safepoint", phase)
-        while progress.pause_requested and not progress.should_stop:
-            time.sleep(0.05)
-            self.hooks.call("on_safepoint", "paused")
-        return progress.should_stop
+        hold_while_paused(self.run, self.hooks.call)
+        return self.run.progress.should_stop

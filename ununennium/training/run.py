@@ -5,6 +5,7 @@
 # %% ../../nbs/training/65_run.ipynb #run-003
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,6 +199,13 @@ def make_stepper(run: Run) -> Stepper:
     return Stepper(task.model, run.optimizer, task.precision, clip)
 
 # %% ../../nbs/training/65_run.ipynb #run-034
+def hold_while_paused(run: Run, call: Callable[..., None]) -> None:
+    """Wait until a requested pause has ended, or a stop is requested; `call` calls a hook."""
+    while run.progress.pause_requested and not run.progress.should_stop:
+        time.sleep(0.05)  # seconds; a click in a pause is answered within this time
+        call("on_safepoint", "paused")
+
+# %% ../../nbs/training/65_run.ipynb #run-037
 def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
     """Close an epoch and return its learning rate and counts; warn about skipped steps."""
     uncounted, scaler = run.skips.uncounted(), run.task.precision.scaler
@@ -211,14 +219,14 @@ def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
         "train_empty_batches": float(epoch.empty),
     }
 
-# %% ../../nbs/training/65_run.ipynb #run-035
+# %% ../../nbs/training/65_run.ipynb #run-038
 def end_of_loader(run: Run, epoch: OpenEpoch) -> None:
     """Check an epoch whose loader has ended; discard it if there was no batch."""
     if not epoch.batches:
         run.open = None  # a later fit begins it again
     check_end(epoch, run.progress.epoch)
 
-# %% ../../nbs/training/65_run.ipynb #run-038
+# %% ../../nbs/training/65_run.ipynb #run-041
 class RunFacts:
     """The facts of a run that callbacks and users may read, and the requests they may make.
 

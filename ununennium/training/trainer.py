@@ -149,7 +149,7 @@ class Trainer(RunFacts):
 
         Returns a list with a sentence for each problem, and raises what `fit` would raise.
         """
-        return check(self.run)
+        return check(self.run, self.loop_class)
 
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write all that the run needs to continue; a file is replaced as a whole or not at all."""
