@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
-import kernels
 from playwright.sync_api import Locator, Page, Response, Route, expect
 
+import kernels
 from browser.server import WAIT, Server, wait_until
 
 PATIENCE = 7.0  # seconds without an answer until a person would do something

@@ -7,7 +7,7 @@ import re
 import time
 
 from browser.test_dashboard import click, notebook, wait_state  # noqa: F401
-from conftest import ROOT
+from small import ROOT
 
 FOLDER = ROOT / "_screenshots"
 SETUP = """

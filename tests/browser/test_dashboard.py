@@ -4,9 +4,10 @@ import json
 import re
 import time
 
-import kernels
 import pytest
 from nbconvert import HTMLExporter
+
+import kernels
 
 FRONTS = ("lab", "notebook")
 # Comms over the main shell or a subshell, which ipykernel 6 has not; Notebook leaves no choice.

@@ -5,9 +5,10 @@ import os
 import queue
 import time
 
-import kernels
 import pytest
 from jupyter_client.manager import KernelManager
+
+import kernels
 
 SUBSHELLS = [v for v in kernels.VERSIONS if v.startswith("7")]
 ROUTES = [(v, "main") for v in kernels.VERSIONS] + [(v, "subshell") for v in SUBSHELLS]

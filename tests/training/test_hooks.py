@@ -2,78 +2,8 @@
 
 import pytest
 
-from conftest import make_batches, make_trainer
 from ununennium import Callback
-from ununennium.training.hooks import HOOKS, Display, Hooks
-
-
-class Fail(Callback):
-    """Raise in one hook."""
-
-    def __init__(self, hook, error):
-        self.error = error
-        setattr(self, hook, self.fail)
-
-    def fail(self, trainer, *details):
-        raise self.error
-
-
-class Diary(Callback):
-    def __init__(self):
-        self.entries = []
-        for hook in HOOKS:
-            setattr(self, hook, lambda trainer, *details, hook=hook: self.entries.append(hook))
-
-
-def test_order_of_the_hooks():
-    diary = Diary()
-    make_trainer(make_batches(2), make_batches(1), callbacks=[diary]).fit(1)
-    assert diary.entries == [
-        "on_train_start", "on_epoch_start", "on_batch_start", "on_batch_end", "on_safepoint",
-        "on_batch_start", "on_batch_end", "on_safepoint", "on_safepoint", "on_scores",
-        "on_epoch_end", "on_train_end",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("error", [RuntimeError("oops"), KeyboardInterrupt()])
-def test_every_callback_is_called_at_the_end(hook, error):
-    diary = Diary()
-    trainer = make_trainer(val=make_batches(1), callbacks=[Fail(hook, error), diary])
-    try:
-        trainer.fit(1)
-    except RuntimeError:
-        assert isinstance(error, RuntimeError)
-    except KeyboardInterrupt:
-        assert hook == "on_train_end"
-    if not (hook == "on_train_end" and isinstance(error, KeyboardInterrupt)):
-        assert diary.entries[-1] == "on_train_end"
-    if hook not in ("on_exception", "on_train_end"):
-        assert "on_exception" in diary.entries
-
-
-def test_a_callback_that_exits_does_not_keep_others_from_the_end():
-    ends = []
-
-    class Last(Callback):
-        def on_train_end(self, trainer):
-            ends.append(1)
-
-    with pytest.raises(SystemExit):
-        make_trainer(callbacks=[Fail("on_train_end", SystemExit(3)), Last()]).fit(1)
-    assert ends == [1]
-
-
-def test_a_display_that_fails_is_switched_off():
-    class Broken(Callback):
-        is_display = True
-
-        def on_batch_end(self, trainer, batch, logs):
-            raise OSError("the browser is gone")
-
-    with pytest.warns(UserWarning, match="Broken failed and is switched off") as caught:
-        make_trainer(callbacks=[Broken()]).fit(2)
-    assert len(caught) == 1
+from ununennium.training.hooks import Display, Hooks
 
 
 class Screen(Display):

@@ -1,5 +1,3 @@
-"""The rules of the house: what is imported, what is generated, what is shipped."""
-
 import ast
 import configparser
 import json
@@ -13,13 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-
-PACKAGE = sorted((ROOT / "ununennium").rglob("*.py"))
-NOTEBOOKS = [
-    p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
-]
-sys.path.insert(0, str(ROOT / "tools"))
+from small import ROOT
 
 
 def run(*command, **options):
@@ -35,6 +27,9 @@ def test_importing_the_trainer_loads_no_display():
     modules = set(run(sys.executable, "-c", code).split())
     displays = {"ipywidgets", "plotly", "IPython", "matplotlib"}
     assert not modules & (displays | {"nbdev", "fastcore"})
+
+
+PACKAGE = sorted((ROOT / "ununennium").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.stem)
@@ -83,6 +78,11 @@ def test_every_module_has_a_chapter():
         if path.stem not in ("__init__", "_modidx")
     }
     assert modules == set(reading_order())
+
+
+NOTEBOOKS = [
+    p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
+]
 
 
 def test_package_and_notebooks_agree(tmp_path):
