@@ -1,3 +1,5 @@
+"""The rules of the project: what is imported, generated, tested and shipped, and how large."""
+
 import ast
 import configparser
 import json
@@ -13,6 +15,16 @@ import pytest
 
 from small import ROOT
 
+sys.path.insert(0, str(ROOT / "tools"))
+import budgets
+
+PACKAGE = sorted((ROOT / "ununennium").rglob("*.py"))
+MODULES = [path for path in PACKAGE if path.stem not in ("__init__", "_modidx")]
+PROMISES = sorted((ROOT / "tests" / "promises").glob("test_*.py"))
+NOTEBOOKS = [
+    p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
+]
+
 
 def run(*command, **options):
     done = subprocess.run(
@@ -27,9 +39,6 @@ def test_importing_the_trainer_loads_no_display():
     modules = set(run(sys.executable, "-c", code).split())
     displays = {"ipywidgets", "plotly", "IPython", "matplotlib"}
     assert not modules & (displays | {"nbdev", "fastcore"})
-
-
-PACKAGE = sorted((ROOT / "ununennium").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.stem)
@@ -78,11 +87,6 @@ def test_every_module_has_a_chapter():
         if path.stem not in ("__init__", "_modidx")
     }
     assert modules == set(reading_order())
-
-
-NOTEBOOKS = [
-    p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
-]
 
 
 def test_package_and_notebooks_agree(tmp_path):
@@ -134,22 +138,12 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_read_as_chapters(path):
-    """A title, a subtitle, prose, no stored errors; an exported cell is never a whole module."""
+    """A title, a subtitle, prose, no stored errors."""
     cells = json.loads(path.read_text())["cells"]
     first = "".join(cells[0]["source"])
     assert re.match(r"# .+\n\n> .+", first)
     prose = sum(len("".join(c["source"]).split()) for c in cells if c["cell_type"] == "markdown")
     assert prose > 15
-    exported = [
-        c for c in cells if "".join(c["source"]).startswith(("#| export\n", "#| exporti\n"))
-    ]
-    for cell in exported:
-        source = "".join(cell["source"])
-        length = sum(bool(line.strip()) for line in source.splitlines()) - 1
-        named = re.search(
-            r"^class (Trainer|RunFacts|Loop|CheckpointCallback)\b", source, re.MULTILINE
-        )
-        assert length <= (150 if named else 60), source[:60]
     for cell in cells:
         if cell["cell_type"] == "code":
             assert not any(output["output_type"] == "error" for output in cell["outputs"])
@@ -178,25 +172,187 @@ def test_versions_agree():
     assert ununennium.__version__ == settings["DEFAULT"]["version"]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_stay_small(path):
+    """The saved state of a chart would bring all of plotly's JavaScript with it."""
+    assert "widgets" not in json.loads(path.read_text())["metadata"]
+    assert path.stat().st_size < 1_000_000
+
+
+# The tests.
+
+
+def folder_and_name(path, root):
+    """Return where a module's tests are: `training/loop.py` has `training/test_loop.py`."""
+    relative = path.relative_to(root)
+    return (relative.parent / f"test_{relative.name}").as_posix()
+
+
+def test_every_module_has_its_tests():
+    tests, own = ROOT / "tests", {"test_project.py", "test_golden.py"}
+    expected = {folder_and_name(path, ROOT / "ununennium") for path in MODULES}
+    mirrored = [tests, *(tests / part for part in ("training", "notebook"))]
+    found = {
+        path.relative_to(tests).as_posix() for folder in mirrored for path in folder.glob("test_*")
+    }
+    assert found - own == expected
+
+
+def promises():
+    """Return number, title and file of each section of the chapter."""
+    cells = json.loads((ROOT / "nbs" / "promises.ipynb").read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    sections = re.findall(r"^## (\d+) · (.+)\n([^#]+)", text, re.MULTILINE)
+    return [
+        (int(number), title, re.findall(r"\btest_\d\d_\w+\.py\b", rest))
+        for number, title, rest in sections
+    ]
+
+
+def test_the_promises_are_numbered_from_zero():
+    numbers = [number for number, _, _ in promises()]
+    assert numbers == list(range(len(numbers))) and len(numbers) > 10
+    named = sorted(file for _, _, files in promises() for file in files)
+    assert named == sorted(path.name for path in PROMISES)
+
+
+@pytest.mark.parametrize(("number", "title", "files"), promises())
+def test_a_promise_and_its_tests_agree(number, title, files):
+    (file,) = files
+    assert file.startswith(f"test_{number:02d}_")
+    doc = ast.get_docstring(ast.parse((ROOT / "tests" / "promises" / file).read_text()))
+    assert doc is not None and re.match(rf"{number} · {re.escape(title)}[.:]", doc)
+
+
+@pytest.mark.parametrize("path", PROMISES, ids=lambda p: p.stem)
+def test_promises_are_tested_through_public_names(path):
+    """The names of the package itself, no private ones, and hardly ever the parts of a run."""
+    import ununennium
+
+    tree = ast.parse(path.read_text())
+    imported = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in imported:
+        for alias in node.names:
+            source = getattr(node, "module", None) or alias.name
+            if source.startswith("ununennium"):
+                assert source == "ununennium" and alias.name in ununennium.__all__, alias.name
+    private = [unparsed for _, unparsed in private_accesses(tree)]
+    assert not private
+    parts = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "run"]
+    subprocesses = sum(ast.unparse(n) == "subprocess.run" for n in parts)
+    assert len(parts) - subprocesses <= (5 if path.stem == "test_03_precision" else 0)
+
+
+# The code.
+
+# Private names of other libraries that have no public counterpart.
+BORROWED = {
+    "_BatchNorm": "PyTorch: the base class of all batch norms",
+    "_buffers": "PyTorch: buffers of one module, where assigning replaces them",
+    "_foreach_copy_": "PyTorch: one kernel for many tensors",
+    "_foreach_mul_": "PyTorch: one kernel for many tensors",
+    "_foreach_norm": "PyTorch: one kernel for many tensors",
+    "_iterator": "PyTorch: the persistent workers of a DataLoader",
+    "_orig_mod": "PyTorch: the model inside a compiled one",
+    "_schedulers": "PyTorch: the parts of a SequentialLR or ChainedScheduler",
+    "_step_supports_amp_scaling": "PyTorch: a fused optimizer that skips by itself",
+    "_publish_status": "ipykernel: busy and idle",
+    "_recv_callback": "pyzmq: what handles a message of a stream",
+    "_shell_channel_to_main": "ipykernel: the route from a subshell",
+    "_config": "plotly: the options of the mode bar",
+    "_esm": "plotly: the JavaScript of a widget",
+    "_fields": "Python: what makes a tuple a named one",
+    "_getframe": "Python: the caller, for warnings",
+    "_repr_html_": "IPython: how an object is shown",
+}
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def private_accesses(tree):
+    """Yield private names that are read from another object or module, with the code."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                yield node.attr, ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            if is_private(name):
+                yield name, ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((a.name, ast.unparse(node)) for a in node.names if is_private(a.name))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_nothing_private_is_used_across_objects(path):
+    found = {name: code for name, code in private_accesses(ast.parse(path.read_text()))}
+    assert found.keys() <= BORROWED.keys(), found
+
+
+def test_private_names_are_borrowed_only_where_needed_and_from_others():
+    trees = [ast.parse(path.read_text()) for path in MODULES]
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    own = {n.name for tree in trees for n in ast.walk(tree) if isinstance(n, definitions)}
+    assert own & BORROWED.keys() == {"_repr_html_"}
+    assert {name for tree in trees for name, _ in private_accesses(tree)} == BORROWED.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_only_displays_and_the_check_print(path):
+    calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+    prints = [ast.unparse(n) for n in calls if ast.unparse(n.func) == "print"]
+    if path.stem == "hooks":  # the base class of all displays
+        assert prints == ["print(text, flush=True)"]
+    elif path.stem not in ("progress", "dashboard", "check"):
+        assert not prints
+
+
+# Budgets.
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return budgets.Tree(ROOT)
+
+
+@pytest.mark.parametrize("budget", budgets.BUDGETS, ids=lambda budget: budget.what)
+def test_budgets_are_kept(budget, tree):
+    found = budget.measure(tree)
+    assert found.value <= budget.limit, f"{budget.what}: {found.value:g} {found.where}"
+
+
+def test_contributing_quotes_the_budgets():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for budget in budgets.BUDGETS:
+        assert f"| {budget.what} | {budget.limit:g} |" in text, budget.what
+
+
+# What is shipped.
+
+
 @pytest.mark.slow
 def test_the_wheel_installs_and_imports_in_a_bare_environment(tmp_path):
     """Built from the sdist, so that what it lacks is missed; torch and numpy are borrowed."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "_demo", "__pycache__", "*.egg-info", "build", "dist"
     )
     shutil.copytree(ROOT, source, ignore=ignored)
-    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source)
+    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source, env=environment)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     venv.create(tmp_path / "bare", with_pip=True)
     python = tmp_path / "bare" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--no-deps", "--quiet", wheel)
+    run(python, "-m", "pip", "install", "--no-deps", "--quiet", wheel, env=environment)
     borrowed = tmp_path / "borrowed"
     borrowed.mkdir()
     import numpy
     import torch
 
-    wanted = run(python, "-c", "import importlib.metadata as m; print(*m.requires('ununennium'))")
+    requires = "import importlib.metadata as m; print(*m.requires('ununennium'))"
+    wanted = run(python, "-c", requires, env=environment)
     assert {"torch", "numpy", "tqdm"} <= set(re.findall(r"\b[a-z]+\b", wanted))
     paths = {str(Path(module.__file__).parents[1]) for module in (torch, numpy)}
     code = (
@@ -208,12 +364,4 @@ def test_the_wheel_installs_and_imports_in_a_bare_environment(tmp_path):
     )
     # Behind the bare environment's own packages, so that the wheel is what is imported.
     append = f"import sys; sys.path += {sorted(paths)!r};"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     print(run(python, "-c", append + code, cwd=tmp_path, env=environment))
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_stay_small(path):
-    """The saved state of a chart would bring all of plotly's JavaScript with it."""
-    assert "widgets" not in json.loads(path.read_text())["metadata"]
-    assert path.stat().st_size < 1_000_000

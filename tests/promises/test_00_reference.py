@@ -16,6 +16,9 @@ from small import SHARED_DATA
 from ununennium import Callback, Trainer, TrainerConfig, class_weights
 
 FOLDER = SHARED_DATA / "csm5"
+pytestmark = pytest.mark.skipif(
+    not (FOLDER / "train.npz").is_file(), reason=f"the imagery is not at {FOLDER}"
+)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "weighted"])

@@ -1,5 +1,7 @@
 """8 · Monitors: what improves, in which direction, and for how long to wait."""
 
+import math
+
 import pytest
 import torch
 
@@ -90,3 +92,38 @@ def test_members_of_a_collection_say_which_way_is_better():
     stopping = EarlyStopping("val_quality")
     make_trainer(val=make_batches(2), metrics=collection, callbacks=[stopping]).fit(1)
     assert stopping.monitor.mode == "max"
+
+
+class Given:
+    """A metric whose scores are given."""
+
+    higher_is_better = True
+
+    def __init__(self, *scores):
+        self.scores = iter(scores)
+
+    def update(self, output, target):
+        pass
+
+    def compute(self):
+        return next(self.scores)
+
+    def reset(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([0.2, 0.5, 0.4], 2),
+        ([0.0, 0.0, 0.0], 1),
+        ([math.nan, 0.0, math.nan], 2),
+        ([0.5, math.nan, 0.5], 1),
+        ([-2.0, -1.0, 0.0], 3),
+    ],
+)
+def test_the_earlier_of_equal_scores_is_kept_and_nan_never(tmp_path, scores, best):
+    keep = CheckpointCallback(tmp_path, "val_quality", "max")
+    make_trainer(val=make_batches(1), metrics={"quality": Given(*scores)}, callbacks=[keep]).fit(3)
+    assert keep.best_path.name.startswith(f"epoch={best:03d}-")
+    assert keep.best_score == scores[best - 1]

@@ -45,18 +45,18 @@ def test_settings_come_from_the_caller(tmp_path):
     first = make_trainer(scheduler=SCHEDULERS["step"], callbacks=[EarlyStopping("train_loss", 9)])
     first.fit(2)  # the rate is now 0.3 of 0.02
     path = first.save_checkpoint(tmp_path / "a.pt")
+    schedulers = []
     second = make_trainer(
-        scheduler=lambda o: lr_scheduler.StepLR(o, 7, gamma=0.3),
+        scheduler=lambda o: (
+            schedulers.append(lr_scheduler.StepLR(o, 7, gamma=0.3)) or schedulers[0]
+        ),
         optimizer=lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.5),
         callbacks=[EarlyStopping("train_loss", 4)],
     )
     second.load_checkpoint(path)
     group = second.optimizer.param_groups[0]
     assert group["lr"] == pytest.approx(0.003) and group["weight_decay"] == 0.5
-    assert (
-        second.run.schedule.scheduler.step_size == 7
-        and second.run.schedule.scheduler.last_epoch == 2
-    )
+    assert schedulers[0].step_size == 7 and schedulers[0].last_epoch == 2
     assert second.callbacks[0].patience == 4 and second.callbacks[0].best is not None
 
 
@@ -314,6 +314,14 @@ def test_a_spoiled_file_is_loaded_right_or_refused(tmp_path, part):
 
 
 # No code is run.
+
+
+def test_a_hostile_file_is_refused_without_running_it(tmp_path):
+    trainer, twin = make_trainer(), make_trainer()
+    torch.save({"model": Hostile(tmp_path / "owned")}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt"):
+        trainer.load_checkpoint(tmp_path / "a.pt")
+    assert not (tmp_path / "owned").exists() and same_state(trainer, twin)
 
 
 def test_bytes_in_a_file_are_not_unpickled(tmp_path):

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from small import At, boom, make_batches, make_trainer, raising, same_state, small_net
+from small import HOOKS, At, boom, make_batches, make_trainer, raising, same_state, small_net
 from ununennium import Callback, CheckpointCallback
-from ununennium.training.hooks import HOOKS
 
 
 class Diary(Callback):
