@@ -1,6 +1,8 @@
 # make demo   run the quick start and leave a notebook and an HTML page
 # make lab    open the quick start in JupyterLab
 # make test   everything that CI runs
+# make check  the quick half of the tests: lint, format, types
+# make golden compare 49 small runs with the last commit, bit by bit
 # make export write the package and the README from the notebooks
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 SETTINGS := settings.ini pyproject.toml setup.py constraints.txt
 
-.PHONY: demo lab test check export notebooks format clean
+.PHONY: demo lab test check golden export notebooks clean
 
 demo: $(VENV)/.notebook
 	$(BIN)/python tools/demo.py
@@ -22,11 +24,13 @@ test: $(VENV)/.dev check
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env nbs
 
-# The quick half of the tests: lint, format, types.
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+golden: $(VENV)/.dev
+	$(BIN)/python tools/golden.py --against HEAD
 
 export: $(VENV)/.dev
 	$(BIN)/ruff format nbs tests tools benchmarks
