@@ -130,7 +130,9 @@ def links_of(path):
     return re.findall(r"\]\(((?!https?:|#)[^)\s]+)\)", text)
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *NOTEBOOKS], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *NOTEBOOKS], ids=lambda p: p.stem
+)
 def test_links_lead_somewhere(path):
     for link in links_of(path):
         assert (path.parent / link.split("#")[0]).exists(), link

@@ -21,7 +21,7 @@ ROUTES = [
     )
     if version.startswith("7") or (comms == "disabled") == (front == "lab")
 ]
-SLOW = 0.5  # seconds: a step, or a batch of a validation, in which somebody clicks
+SLOW = 0.5  # seconds: a step, or a batch of a validation, in which the user clicks
 WIDEST = "all => Math.max(0, ...all.map(e => e.getBoundingClientRect().width))"
 GRACE = 2.0  # seconds that a click may take beyond the running step, on a busy machine too
 
@@ -142,7 +142,7 @@ def test_buttons(notebook, latencies, version, comms, front):
 @pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
 @pytest.mark.parametrize("front", FRONTS)
 def test_interrupt(notebook, front, version):
-    """The kernel's own interrupt: no traceback, the history comes back, and training can go on."""
+    """The kernel's own interrupt: no traceback, the history returns, and training can continue."""
     cells = ("history = trainer.fit()", "print(len(history['train_loss']) > 0)", "train()")
     page = notebook(front, *cells, version=version)
     page.queue(1)
@@ -222,7 +222,7 @@ def test_the_charts_are_as_wide_as_the_cell(notebook, front):
 @pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
 @pytest.mark.parametrize("front", FRONTS)
 def test_reload(notebook, front, version, tmp_path):
-    """A page that is loaded anew in mid-training gets charts and buttons back, and the end."""
+    """A page that is loaded again during training gets charts and buttons back, and the end."""
     page = notebook(front, "train()", version=version)
     page.queue(1)
     wait_state(page, 1, "running", "validating")
@@ -255,7 +255,7 @@ def test_the_record_stays(notebook, front):
     for i in (1, 2):
         page.cell(i).scroll_into_view_if_needed()
         page.wait_output(i, "History of 5 epochs")
-        # Plotly's renderer shows a picture of the charts until somebody points at them.
+        # Plotly's renderer shows a picture of the charts until the pointer is over them.
         charts = page.output(i).locator("img, .js-plotly-plot")
         page.wait(lambda c=charts: c.evaluate_all(WIDEST) > 500, "there are charts")
     html, _ = HTMLExporter().from_filename(str(page.file))
@@ -278,7 +278,7 @@ def test_an_error_in_the_run(notebook, front):
 
 
 def test_a_closed_tab(notebook, server):
-    """Nobody looks any more: training ends as if nothing had happened."""
+    """The page is gone: training ends as if nothing had happened."""
     page = notebook("lab", "make_trainer(epochs=20).fit(); open('ended', 'w').write('yes')")
     page.queue(1)
     wait_state(page, 1, "running", "validating")

@@ -311,7 +311,7 @@ def test_interrupts_and_clicks_lose_nothing(kernel):
 
 
 def test_the_buttons_of_the_dashboard(kernel):
-    """As in a browser: in a step, in a validation, with a cell queued; save, pause and go on."""
+    """As in a browser: in a step, in a validation, with a cell queued; save, pause and continue."""
     kernel.run("import os, tempfile; os.chdir(tempfile.mkdtemp())")
     kernel.run(kernels.TRAINING.replace('"device"', '"progress": "dashboard", "device"'))
     kernel.run(

@@ -112,7 +112,7 @@ def test_class_weights_bring_the_rare_class_back(reference):
 
 
 def test_a_time_series_with_cloudy_dates_and_gaps_in_the_labels():
-    """68 dates of one place, a mask in halves, label 0 without data, class numbers with gaps."""
+    """68 dates of one scene, a mask in halves, label 0 without data, class numbers with gaps."""
     import numpy as np
 
     folder = SHARED_DATA / "eopatch68"

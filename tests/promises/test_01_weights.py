@@ -76,7 +76,7 @@ def test_accumulation_is_exact_from_0_to_98_percent_nodata(name, sizes):
 
 
 def test_the_mean_of_means_would_be_far_off():
-    """What the trainer does not do, to know that the test above can tell."""
+    """What the trainer does not do: it shows that the test above can fail."""
     images, masks = tiles([256, 256, 128, 5])
     for loss in (LOSSES["plain"], LOSSES["weighted"]):
         expected, _ = gradient_of_one_batch(images, masks, loss)
@@ -141,12 +141,12 @@ def test_no_gradient_leaks_into_or_out_of_a_fit():
     assert all(parameter.grad is None for parameter in dirty.model.parameters())
 
 
-@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize("position", [0, 3, 6])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_batch_without_valid_pixels_adds_nothing_and_is_counted(place, accumulation):
+def test_a_batch_without_valid_pixels_adds_nothing_and_is_counted(position, accumulation):
     batches = make_batches(6)
     empty = (torch.full_like(batches[0][0], 1e4), torch.full_like(batches[0][1], 255))
-    with_empty = [*batches[:place], empty, *batches[place:]]
+    with_empty = [*batches[:position], empty, *batches[position:]]
     plain = make_trainer(batches, accumulation_steps=1).fit(2)
     trainer = make_trainer(with_empty, batches, accumulation_steps=accumulation)
     history = trainer.fit(2)

@@ -171,8 +171,8 @@ def test_the_bad_batch_of_a_window_is_named(fused):
         spoiled(5), accumulation_steps=4,
         optimizer=lambda p: torch.optim.AdamW(p, lr=0.01, fused=fused),
     )  # fmt: skip
-    place = "index 5" if fused else r"index 5 \(sample 0\)"  # the batch is gone by then
-    with pytest.warns(UserWarning, match=f"{place}, where the input"):
+    culprit = "index 5" if fused else r"index 5 \(sample 0\)"  # the batch is gone by then
+    with pytest.warns(UserWarning, match=f"{culprit}, where the input"):
         trainer.fit(1)
 
 

@@ -13,7 +13,7 @@ def test_modes_are_restored_module_by_module():
     trainer.fit(2)
     assert torch.equal(model[1].running_mean, frozen)
     assert model.training and not model[1].training and model[0].training
-    model.eval()  # somebody looked at predictions
+    model.eval()  # to inspect predictions
     seen = []
     trainer.callbacks.append(
         type("See", (), {"on_batch_end": lambda s, t, b, logs: seen.append(t.model[0].training)})()

@@ -87,7 +87,7 @@ def test_another_run_in_the_same_folder_deletes_and_overwrites_nothing(tmp_path)
 
 
 def test_new_before_old(tmp_path, monkeypatch):
-    """When writing fails, what was there stays, and training goes on with one warning an epoch."""
+    """When writing fails, earlier files stay, and training continues with one warning per epoch."""
     callback = CheckpointCallback(tmp_path, "val_IoU", "max")
     trainer = Scores(callback, [0.5])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -216,7 +216,7 @@ def warnings_of(trainer, epochs):
 
 
 def test_a_final_save_that_fails_says_what_to_do(tmp_path, monkeypatch):
-    """It once said that training goes on and the next save tries again; there is no next one."""
+    """It once promised that the next save would try again; there is no next one."""
     stop = type("Stop", (), {"on_batch_end": lambda s, t, b, logs: t.request_stop("enough")})()
     keep = CheckpointCallback(tmp_path / "run", "train_loss")
     trainer = make_trainer(callbacks=[stop, FullFrom(1, monkeypatch), keep])

@@ -90,7 +90,7 @@ def test_a_stop_before_a_pause_does_not_hold():
 
 
 def fit_with(loop, epochs=2, **settings):
-    """Train with a loop of one's own."""
+    """Train with another loop."""
 
     class Own(Trainer):
         loop_class = loop
