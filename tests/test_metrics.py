@@ -1,13 +1,14 @@
-"""The parts of the metrics by themselves; tests through a trainer are in test_scores.py."""
+"""The parts of the metrics by themselves."""
 
 import math
 
 import pytest
 import torch
+import torchmetrics.classification as tm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import DEVICES
+from small import DEVICES
 from ununennium import ConfusionMatrix
 from ununennium.metrics import MetricSet, WeightedMean, predicted_classes
 
@@ -154,3 +155,22 @@ def test_metric_set_refuses_what_is_no_metric():
         MetricSet((Fixed(1.0),))
     with pytest.raises(TypeError, match=r"metrics\['F1'\] is a Tensor, which lacks update"):
         MetricSet({"ok": Fixed(1.0), "F1": torch.zeros(1)})
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    classes=st.integers(2, 6),
+    ignore=st.sampled_from([None, 0, 1, 255, -1]),
+    seed=st.integers(0, 999),
+)
+def test_agrees_with_torchmetrics(classes, ignore, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, classes, 7, 5, generator=generator)
+    truth = torch.randint(classes, (3, 7, 5), generator=generator)
+    if ignore is not None:
+        truth[torch.rand(truth.shape, generator=generator) < 0.3] = ignore
+    ours = ConfusionMatrix(classes, ignore_index=ignore)
+    theirs = tm.MulticlassConfusionMatrix(classes, ignore_index=ignore)
+    ours.update(scores, truth)
+    theirs.update(scores, truth)
+    assert torch.equal(ours.table, theirs.compute())

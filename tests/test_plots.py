@@ -1,4 +1,4 @@
-"""The figures, read back from their axes; unusual runs are in test_regressions.py."""
+"""The figures, read back from their axes."""
 
 import math
 import subprocess
@@ -127,3 +127,20 @@ def test_labels_beyond_the_names_are_refused():
     images, masks, predicted, _ = chips()
     with pytest.raises(ValueError, match="label 2. .* pass ignore_index=2; otherwise name all"):
         plot_chips(images[1:], masks[1:], predicted[1:], class_names=["a", "b"])
+
+
+def test_figures_of_unusual_runs():
+    from ununennium.plots import plot_chips, plot_history
+
+    history = {"train_loss": [-0.1, -0.4], "val_RMSE": [3.0, 2.0], "val_IoU": [0.0, 0.0]}
+    figure = plot_history(history)
+    loss, iou, scores = figure.axes
+    assert loss.get_ylim()[0] < -0.4 and iou.get_ylim()[0] < 0 and scores.get_title() == "scores"
+    flood = torch.zeros(2, 1, 8, 8)
+    plot_chips(np.zeros((2, 1, 8, 8), np.float32), flood, flood)
+    with pytest.raises(ValueError, match="add a dimension"):
+        plot_chips(torch.zeros(4, 8, 8), torch.zeros(8, 8), torch.zeros(8, 8))
+    with pytest.raises(ValueError, match="pass ignore_index=255"):
+        plot_chips(
+            torch.zeros(2, 4, 8, 8), torch.full((2, 8, 8), 255), flood[:, 0], class_names=["a"]
+        )

@@ -1,4 +1,4 @@
-"""Drive a notebook in JupyterLab or Notebook as a person would."""
+"""A notebook in JupyterLab or Notebook, driven as a person would."""
 
 import json
 import re
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
-import kernels
 from playwright.sync_api import Locator, Page, Response, Route, expect
 
+import kernels
 from browser.server import WAIT, Server, wait_until
 
 PATIENCE = 7.0  # seconds without an answer until a person would do something
@@ -59,7 +59,7 @@ class FrontEnd:
         return json.loads(self.file.read_text(encoding="utf-8"))
 
     def open(self, *, kernel: bool = True, idle: bool = True) -> None:
-        """Open the notebook, or open it without a kernel, as if its kernel were not installed.
+        """Open the notebook; without a kernel, as where the one that it names is not installed.
 
         The kernel, if there is one, is `idle` unless a cell still runs.
         """
@@ -72,7 +72,7 @@ class FrontEnd:
         self._wait_open(kernel, idle)
 
     def reload(self, *, idle: bool = True) -> None:
-        """Reload the page; the kernel keeps running, and is `idle` unless a cell still runs."""
+        """Load the page again; the kernel keeps running, and is `idle` unless a cell still runs."""
         self.page.reload()
         self._wait_open(True, idle)
 
@@ -117,7 +117,7 @@ class FrontEnd:
         wait_until(is_true, what, timeout, lambda time: self.page.wait_for_timeout(time * 1000))
 
     def connect_another(self) -> None:
-        """Connect to the kernel a second time for three seconds, as another tab would."""
+        """Connect to the kernel once more for three seconds, as a second tab would."""
         self.kernel("k && (other => setTimeout(() => other.dispose(), 3000))(k.clone())")
 
     def kernel(self, expression: str = "k.status") -> object:
@@ -163,7 +163,7 @@ class FrontEnd:
         self.wait(lambda: done.fullmatch(self.prompt(i)), f"cell {i} is done", timeout)
 
     def output(self, i: int) -> Locator:
-        """Locate the outputs of the i-th code cell, without its source."""
+        """Locate the outputs of the i-th code cell; its source is not in there."""
         return self.cell(i).locator(".jp-Cell-outputArea")
 
     def wait_output(self, i: int, text: str | re.Pattern, timeout: float = WAIT) -> None:
@@ -176,7 +176,7 @@ class FrontEnd:
         return self.page.locator(".jp-Cell-outputArea button").filter(has_text=exact)
 
     def click(self, text: str, timeout: float = WAIT) -> None:
-        """Click that button, which must be the only one, as late as a person would.
+        """Click that button, of which there must be one, as late as a person would.
 
         Until the kernel has made the subshell for a new widget, which takes a tenth of a second,
         a click goes to the main shell and waits there for the running cell.

@@ -1,4 +1,4 @@
-"""Take pictures of the dashboard for inspection: `python -m pytest tests/browser/screenshots.py`.
+"""Take pictures of the dashboard, for inspection: `python -m pytest tests/browser/screenshots.py`.
 
 They are written to `_screenshots`; the README's is `running.png`, copied to `nbs/dashboard.png`.
 """
@@ -7,7 +7,7 @@ import re
 import time
 
 from browser.test_dashboard import click, notebook, wait_state  # noqa: F401
-from conftest import ROOT
+from small import ROOT
 
 FOLDER = ROOT / "_screenshots"
 SETUP = """

@@ -1,12 +1,13 @@
-"""The dashboard in a real browser: clicks during training, for every kernel and front end."""
+"""The dashboard in a real browser: clicks while a cell trains, for every kernel and front end."""
 
 import json
 import re
 import time
 
-import kernels
 import pytest
 from nbconvert import HTMLExporter
+
+import kernels
 
 FRONTS = ("lab", "notebook")
 # Comms over the main shell or a subshell, which ipykernel 6 has not; Notebook leaves no choice.
@@ -20,13 +21,13 @@ ROUTES = [
     )
     if version.startswith("7") or (comms == "disabled") == (front == "lab")
 ]
-SLOW = 0.5  # seconds: a step, or a batch of a validation, in which somebody clicks
+SLOW = 0.5  # seconds: a step, or a batch of a validation, in which the user clicks
 WIDEST = "all => Math.max(0, ...all.map(e => e.getBoundingClientRect().width))"
 GRACE = 2.0  # seconds that a click may take beyond the running step, on a busy machine too
 
 
 def status(front, i):
-    """Return the status line of the widgets or the record; empty if there is none yet."""
+    """Return the status line of widgets or record, or nothing where there is none yet."""
     found = front.output(i).get_by_text("●")
     return found.first.locator("xpath=ancestor::div[1]/..").inner_text() if found.count() else ""
 
@@ -38,13 +39,13 @@ def wait_state(front, i, *words, timeout=30):
 
 
 def click(front, i, text):
-    """Click a button of the i-th cell; return the time of the click."""
+    """Click a button of the i-th cell; return when."""
     button = front.output(i).get_by_role("button", name=text, exact=True)
     return button.evaluate("b => { const now = Date.now(); b.click(); return now / 1000 }")
 
 
 def returned(front, i):
-    """Wait until the i-th cell's fit has ended; return the time, and the rest of the line."""
+    """Wait for the end of the i-th cell's fit; return when that was, and the rest of the line."""
     front.wait_output(i, "returned")
     found = re.search(r"returned ([\d.]+) (.*)", front.output(i).inner_text())
     return float(found[1]), found[2]
@@ -52,7 +53,7 @@ def returned(front, i):
 
 @pytest.fixture
 def notebook(open_notebook):
-    """Return a notebook of these cells, with what they need before them."""
+    """A notebook with what the cells need, and these cells."""
 
     def notebook(front, *cells, setup=kernels.TRAINING, **settings):
         front = open_notebook(front, [setup, *cells], **settings)
@@ -65,7 +66,7 @@ def notebook(open_notebook):
 
 @pytest.mark.parametrize(("version", "comms", "front"), ROUTES)
 def test_buttons(notebook, latencies, version, comms, front):
-    """Every button works in a step and in validation, while another cell waits."""
+    """Every button, in a step and in a validation, with a cell queued behind."""
     own = (
         "import ipywidgets\nclicks = []\nmine = ipywidgets.Button(description='mine')\n"
         "mine.on_click(lambda _: clicks.append(1))\ndisplay(mine)"
@@ -141,7 +142,7 @@ def test_buttons(notebook, latencies, version, comms, front):
 @pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
 @pytest.mark.parametrize("front", FRONTS)
 def test_interrupt(notebook, front, version):
-    """After a kernel interrupt `fit` returns the history, with no traceback, and can continue."""
+    """The kernel's own interrupt: no traceback, the history returns, and training can continue."""
     cells = ("history = trainer.fit()", "print(len(history['train_loss']) > 0)", "train()")
     page = notebook(front, *cells, version=version)
     page.queue(1)
@@ -163,7 +164,7 @@ def test_interrupt(notebook, front, version):
 
 @pytest.mark.parametrize("front", FRONTS)
 def test_the_charts_of_every_run_are_drawn(notebook, front):
-    """Also for a second run on the same page, while it runs."""
+    """Also those of a second run on the same page, while it runs."""
     page = notebook(front, "trainer.fit(3); print('returned 1 so')", "train()")
     page.queue(1)
     assert returned(page, 1)
@@ -178,7 +179,7 @@ def test_the_charts_of_every_run_are_drawn(notebook, front):
 
 
 def test_a_tab_that_is_opened_again_in_a_later_run(notebook):
-    """A page that is closed during the second run and opened again has live charts and buttons."""
+    """Closed after the second run began, and opened again: charts and buttons live."""
     page = notebook("lab", "trainer.fit(3); print('returned 1 so')", "train()")
     page.queue(1)
     assert returned(page, 1)
@@ -198,7 +199,7 @@ def test_a_tab_that_is_opened_again_in_a_later_run(notebook):
 
 @pytest.mark.parametrize("front", FRONTS)
 def test_the_charts_are_as_wide_as_the_cell(notebook, front):
-    """Live and in the record, while the window becomes narrower and wider."""
+    """Live and in the record, in a window that becomes narrower and wider."""
     page = notebook(front, "train()")
     page.queue(1)
     wait_state(page, 1, "running", "validating")
@@ -221,7 +222,7 @@ def test_the_charts_are_as_wide_as_the_cell(notebook, front):
 @pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
 @pytest.mark.parametrize("front", FRONTS)
 def test_reload(notebook, front, version, tmp_path):
-    """A page reloaded during training gets charts and buttons back, and shows the end."""
+    """A page that is loaded again during training gets charts and buttons back, and the end."""
     page = notebook(front, "train()", version=version)
     page.queue(1)
     wait_state(page, 1, "running", "validating")
@@ -240,7 +241,7 @@ def test_reload(notebook, front, version, tmp_path):
 
 @pytest.mark.parametrize("front", FRONTS)
 def test_the_record_stays(notebook, front):
-    """Without a kernel a small file shows charts and table, in another cell too."""
+    """Without a kernel the notebook shows charts and table, in another cell too, and is small."""
     cells = ("trainer = make_trainer(epochs=5); h = trainer.fit()", "trainer.dashboard")
     page = notebook(front, *cells)
     page.run_cell(1, wait=True)
@@ -254,7 +255,7 @@ def test_the_record_stays(notebook, front):
     for i in (1, 2):
         page.cell(i).scroll_into_view_if_needed()
         page.wait_output(i, "History of 5 epochs")
-        # Plotly's renderer shows a picture of the charts until somebody points at them.
+        # Plotly's renderer shows a picture of the charts until the pointer is over them.
         charts = page.output(i).locator("img, .js-plotly-plot")
         page.wait(lambda c=charts: c.evaluate_all(WIDEST) > 500, "there are charts")
     html, _ = HTMLExporter().from_filename(str(page.file))
@@ -266,7 +267,7 @@ def test_the_record_stays(notebook, front):
 
 @pytest.mark.parametrize("front", FRONTS)
 def test_an_error_in_the_run(notebook, front):
-    """The error is shown as usual, and the dashboard says that the run failed, and why."""
+    """The error is shown as always, and the dashboard says that and why the run failed."""
     bad = "class Bad(Callback):\n    def on_epoch_end(self, *_): raise ValueError('no disk')\n"
     page = notebook(front, f"{bad}make_trainer(Bad()).fit()", "print('alive')")
     page.queue(1)
@@ -277,7 +278,7 @@ def test_an_error_in_the_run(notebook, front):
 
 
 def test_a_closed_tab(notebook, server):
-    """After the page is closed, training ends as if nothing had happened."""
+    """The page is gone: training ends as if nothing had happened."""
     page = notebook("lab", "make_trainer(epochs=20).fit(); open('ended', 'w').write('yes')")
     page.queue(1)
     wait_state(page, 1, "running", "validating")
@@ -287,7 +288,7 @@ def test_a_closed_tab(notebook, server):
 
 
 def test_a_notebook_saved_in_mid_run(notebook):
-    """A notebook saved during a run names the widget, and explains what is missing without it."""
+    """Saved in mid-run, the notebook holds the widget's name and says what it is without it."""
     page = notebook("lab", "train()")
     page.queue(1)
     wait_state(page, 1, "running", "validating")

@@ -1,13 +1,14 @@
-"""Comm messages while a cell runs, tested at the protocol level for every kind of kernel."""
+"""Comm messages while a cell runs, at the level of the protocol, for every kind of kernel."""
 
 import contextlib
 import os
 import queue
 import time
 
-import kernels
 import pytest
 from jupyter_client.manager import KernelManager
+
+import kernels
 
 SUBSHELLS = [v for v in kernels.VERSIONS if v.startswith("7")]
 ROUTES = [(v, "main") for v in kernels.VERSIONS] + [(v, "subshell") for v in SUBSHELLS]
@@ -134,7 +135,7 @@ def kernel(request):
 
 
 def test_without_a_tap_the_click_waits(kernel):
-    """The reason for the tap: without it a click is lost, unless a subshell delivers it."""
+    """The reason for all this; where a subshell helps, it is another matter."""
     if kernel.subshell and not kernel.run("print(ipykernel.__version__)").startswith("7.4"):
         pytest.skip("this kernel's subshells deliver clicks themselves")
     cell = kernel.start("seen.clear(); time.sleep(1); print(len(seen))")
@@ -173,7 +174,7 @@ def test_queued_cells_run_afterwards_and_in_order(kernel):
 
 
 def test_the_last_position_of_a_slider_wins(kernel):
-    """Slider moves before the cell, before the tap opens, and under the tap arrive in order."""
+    """Moves before the cell, between its start and the tap, and under the tap, in their order."""
     kernel.run(
         "slider.value = 0; moved = []; slider.observe(lambda c: moved.append(c.new), 'value')"
     )
@@ -222,7 +223,7 @@ def test_a_handler_that_fails_shows_its_error_and_disturbs_nobody(kernel):
 
 
 def test_a_page_that_is_loaded_anew_gets_its_widgets(kernel):
-    """Widget managers ask for the state of all widgets, or for a list of them."""
+    """What widget managers ask: the state of all widgets, or a list of them."""
     cell = kernel.start("seen.clear(); work(8, until=lambda: seen); print(len(seen))")
     time.sleep(0.3)
     target = {"comm_id": "control", "target_name": "jupyter.widget.control", "data": {}}
@@ -291,7 +292,7 @@ print(get_ipython().kernel.shell_stream._recv_callback is before or "put back")
 
 
 def test_interrupts_and_clicks_lose_nothing(kernel):
-    """Many of both at once: every click counts once, and cells still run."""
+    """Many of both at once: every click is counted once, and cells are still executed."""
     kernel.run("seen.clear()")
     for _ in range(5):
         cell = kernel.start(
@@ -310,7 +311,7 @@ def test_interrupts_and_clicks_lose_nothing(kernel):
 
 
 def test_the_buttons_of_the_dashboard(kernel):
-    """As in a browser: in a step and in validation, with a cell queued; save, pause and resume."""
+    """As in a browser: in a step, in a validation, with a cell queued; save, pause and continue."""
     kernel.run("import os, tempfile; os.chdir(tempfile.mkdtemp())")
     kernel.run(kernels.TRAINING.replace('"device"', '"progress": "dashboard", "device"'))
     kernel.run(
@@ -323,7 +324,7 @@ def test_the_buttons_of_the_dashboard(kernel):
     slow = 0.4
 
     def begin(code, phase):
-        """Start a cell, and wait until its dashboard appears and this phase begins."""
+        """Start a cell, and wait until its dashboard is there and then this phase begins."""
         cell = kernel.start(code)
         kernel.wait(
             lambda m: m["msg_type"] == "display_data" and m["parent_header"]["msg_id"] == cell

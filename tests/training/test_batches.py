@@ -291,7 +291,7 @@ def test_the_last_window_is_divided_by_what_it_holds():
 
 
 class Moody:
-    """An iterator that raises at one position, once, and then goes on."""
+    """An iterator that raises at one position, once, and then continues."""
 
     def __init__(self, count, position, error):
         self.numbers, self.position, self.error = iter(range(count)), position, error

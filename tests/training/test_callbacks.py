@@ -8,33 +8,12 @@ import warnings
 import pytest
 import torch
 
-from conftest import make_batches, make_trainer
+from small import AtStep, make_batches, make_trainer
 from ununennium import Callback, CheckpointCallback, CheckpointError, EarlyStopping
 from ununennium.training import callbacks, checkpoint
+from ununennium.training.checkpoint import load_file
 
 # Early stopping.
-
-
-def test_patience_on_a_constant_score():
-    frozen = lambda p: torch.optim.SGD(p, lr=0.0)
-    for patience in (1, 2, 5):
-        trainer = make_trainer(
-            optimizer=frozen, callbacks=[EarlyStopping("train_loss", patience=patience)],
-            model=torch.nn.Conv2d(4, 3, 1),
-        )  # fmt: skip
-        trainer.fit(20)
-        assert trainer.epoch == patience + 1
-        assert "did not improve" in trainer.stop_reason
-
-
-def test_a_fit_after_an_early_stop_trains():
-    trainer = make_trainer(
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.0), model=torch.nn.Conv2d(4, 3, 1),
-        callbacks=[EarlyStopping("train_loss", patience=2)],
-    )  # fmt: skip
-    trainer.fit(20)
-    trainer.fit(20)
-    assert trainer.epoch == 5
 
 
 def test_nan_first_is_no_reference():
@@ -108,7 +87,7 @@ def test_another_run_in_the_same_folder_deletes_and_overwrites_nothing(tmp_path)
 
 
 def test_new_before_old(tmp_path, monkeypatch):
-    """When writing fails, what was there stays, and training goes on with one warning an epoch."""
+    """When writing fails, earlier files stay, and training continues with one warning per epoch."""
     callback = CheckpointCallback(tmp_path, "val_IoU", "max")
     trainer = Scores(callback, [0.5])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -157,19 +136,6 @@ def test_the_last_file_is_there_even_if_nothing_is_best(tmp_path):
     assert kept(tmp_path) == ["last.pt", "previous.pt"]
 
 
-def test_a_callback_in_another_folder_owns_nothing_there(tmp_path):
-    def run(folder):
-        return make_trainer(callbacks=[CheckpointCallback(tmp_path / folder, "train_loss")])
-
-    run("a").fit(1)
-    run("b").fit(1)
-    before = (tmp_path / "b" / "last.pt").read_bytes()
-    third = run("b")
-    third.load_checkpoint(tmp_path / "a" / "last.pt")
-    third.fit(1)
-    assert (tmp_path / "b" / "last-old1.pt").read_bytes() == before
-
-
 def test_nan_is_never_the_best_of_all(tmp_path):
     callback = CheckpointCallback(tmp_path, "val_loss", save_top_k=-1)
     trainer = make_trainer(callbacks=[callback])
@@ -177,27 +143,6 @@ def test_nan_is_never_the_best_of_all(tmp_path):
         callback.on_scores(trainer, epoch, {"val_loss": score})
         callback.on_epoch_end(trainer, epoch, {"val_loss": score})
     assert callback.best_score == 0.4 and "0.4000" in callback.best_path.name
-
-
-def test_an_unknown_score_is_not_taken_for_a_loss(tmp_path):
-    class Quality:
-        def reset(self):
-            self.value = 0.0
-
-        def update(self, output, target):
-            self.value += 1.0
-
-        def compute(self):
-            return self.value
-
-    settings = {"val": make_batches(2), "metrics": {"quality": Quality()}}
-    callback = CheckpointCallback(tmp_path, "val_quality")
-    with pytest.raises(ValueError, match="cannot tell whether 'val_quality'"):
-        make_trainer(callbacks=[callback], **settings).fit(1)
-    for mode in ("min", "max"):  # passed, and so meant
-        make_trainer(
-            callbacks=[CheckpointCallback(tmp_path / mode, "val_quality", mode)], **settings
-        ).fit(1)
 
 
 def test_a_best_file_that_is_gone_is_forgotten(tmp_path):
@@ -271,7 +216,7 @@ def warnings_of(trainer, epochs):
 
 
 def test_a_final_save_that_fails_says_what_to_do(tmp_path, monkeypatch):
-    """It once said that training goes on and the next save tries again; there is no next one."""
+    """It once promised that the next save would try again; there is no next one."""
     stop = type("Stop", (), {"on_batch_end": lambda s, t, b, logs: t.request_stop("enough")})()
     keep = CheckpointCallback(tmp_path / "run", "train_loss")
     trainer = make_trainer(callbacks=[stop, FullFrom(1, monkeypatch), keep])
@@ -312,3 +257,37 @@ def test_files_that_fall_out_of_the_ranking_go_after_a_resume_with_fewer(tmp_pat
     second.on_epoch_end(run, 3, {"val_IoU": 0.25})
     second.on_train_end(run)
     assert kept(tmp_path) == ["epoch=003-val_IoU=0.3000.pt", "last.pt", "previous.pt"]
+
+
+# When files are written.
+
+
+def test_a_file_is_written_every_few_minutes(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("ununennium.training.callbacks.time.monotonic", lambda: clock[0])
+    written = []
+    keep = CheckpointCallback(tmp_path, "train_loss", every_minutes=1)
+
+    class Clock(AtStep):
+        def on_safepoint(self, trainer, phase):
+            clock[0] += 25
+            written.append(keep.files.saved_step)
+
+    make_trainer(make_batches(10), callbacks=[keep, Clock(0, None)]).fit(1)
+    assert written == [0, 0, 0, 4, 4, 4, 7, 7, 7, 10]
+
+
+def test_a_copy_that_fails_leaves_last_where_it_is(tmp_path, monkeypatch):
+    """The disk has room for one file, and not for that of the best model."""
+
+    def full(source, path):
+        raise CheckpointError(f"{path} could not be written: No space left on device.")
+
+    monkeypatch.setattr("ununennium.training.callbacks.copy_file", full)
+    trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss")])
+    with pytest.warns(UserWarning, match="The best models lack the one after epoch 1") as caught:
+        trainer.fit(3)
+    assert len(caught) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+    assert load_file(tmp_path / "last.pt")["progress"]["epoch"] == 3
+    assert trainer.callbacks[0].best_path is None

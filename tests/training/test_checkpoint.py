@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from conftest import Hostile
+from small import Hostile
 from ununennium.training.checkpoint import (
     CheckpointError,
     checksum,

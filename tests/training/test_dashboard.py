@@ -10,53 +10,14 @@ import pytest
 import torch
 
 import ununennium.training.dashboard as module
-import ununennium.training.progress as progress
-from conftest import make_batches, make_trainer
-from ununennium import Callback, CheckpointCallback, Dashboard
+from small import Clicks, make_batches, make_trainer, wait_for
+from ununennium import Callback, Dashboard
 from ununennium.notebook.kernel import LiveWidgets, has_front_end
 from ununennium.training.charts import PLOTLY, WIDGET, CellOutput, Charts, View, record_bundles
 from ununennium.training.checkpoint import CheckpointError
 from ununennium.training.dashboard import Pace
 from ununennium.training.progress import default_display
 from ununennium.training.runlog import RunRecorder
-
-# A kernel that is not there: widgets work without one, and what is displayed is kept here.
-
-
-class Display:
-    def __init__(self):
-        self.shown = []
-
-    def display(self, forms, raw):
-        self.shown.append(forms)
-
-    update = display
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """Let dashboards believe that a page shows them; return what they show."""
-    pytest.importorskip("anywidget")
-    pytest.importorskip("plotly")
-    display = Display()
-    for name in (module, progress):
-        monkeypatch.setattr(name, "running_kernel", lambda: "a kernel")
-        monkeypatch.setattr(name, "has_front_end", lambda: True)
-    monkeypatch.setattr("IPython.display.DisplayHandle", lambda: display)
-    monkeypatch.setattr("IPython.display.display", display.display)
-    return display.shown
-
-
-class Clicks(Callback):
-    """Click buttons after these steps."""
-
-    def __init__(self, dashboard, **steps):
-        self.dashboard, self.steps = dashboard, steps
-
-    def on_batch_end(self, trainer, batch, logs):
-        for name, step in self.steps.items():
-            if trainer.global_step == step:
-                self.dashboard.live.view.buttons[name].click()
 
 
 def test_a_dashboard_ends_with_the_record(shown):
@@ -98,46 +59,12 @@ def test_a_reloaded_page_keeps_its_widgets(shown):
     assert dashboard.cell.view is None
 
 
-def test_stop_button(shown):
-    dashboard = Dashboard()
-    trainer = make_trainer(make_batches(6), callbacks=[dashboard, Clicks(dashboard, Stop=4)])
-    trainer.fit(3)
-    assert trainer.stop_reason == "Stop button" and trainer.global_step == 4
-    assert dashboard.recorder.log.state == "stopped"
-    trainer.callbacks.pop()
-    trainer.fit(1)
-    assert trainer.global_step == 6 and dashboard.recorder.log.state == "done"
-
-
-def test_checkpoint_button(shown, tmp_path):
-    dashboard = Dashboard()
-    callbacks = [dashboard, Clicks(dashboard, Checkpoint=2)]
-    callbacks.append(CheckpointCallback(tmp_path / "run"))
-    trainer = make_trainer(make_batches(6), make_batches(1), callbacks=callbacks)
-    trainer.fit(1)
-    other = make_trainer(make_batches(6), make_batches(1))
-    other.load_checkpoint(tmp_path / "run" / "step=000002.pt")
-    assert other.global_step == other.batch == 2
-    assert ("saved", 2 / 6) in [
-        (m.text, pytest.approx(dashboard.recorder.log.where(m.count)))
-        for m in dashboard.recorder.log.marks
-    ]
-
-
 def test_a_checkpoint_that_cannot_be_written_is_reported_in_the_note(shown, tmp_path):
     (tmp_path / "file").write_text("")
     dashboard = Dashboard(checkpoint_dir=tmp_path / "file" / "folder")
     trainer = make_trainer(make_batches(6), callbacks=[dashboard, Clicks(dashboard, Checkpoint=2)])
     trainer.fit(1)
     assert trainer.global_step == 6 and dashboard.recorder.log.note.startswith("not saved: ")
-
-
-def test_stop_and_checkpoint_in_one_step_do_both(shown, tmp_path):
-    dashboard = Dashboard(checkpoint_dir=tmp_path)
-    clicks = Clicks(dashboard, Checkpoint=3, Stop=3)
-    trainer = make_trainer(make_batches(6), callbacks=[dashboard, clicks])
-    trainer.fit(1)
-    assert trainer.global_step == 3 and (tmp_path / "step=000003.pt").exists()
 
 
 class Writer:
@@ -237,67 +164,6 @@ def test_a_file_that_fails_in_the_background_is_reported(shown):
     trainer.fit(1)
     assert notes == ["not saved: the disk is full"] and trainer.global_step == 6
     assert not dashboard.recorder.log.marks
-
-
-def test_a_checkpoint_in_a_pause(shown, tmp_path):
-    """It is written and reported while the run is held, and loads."""
-    dashboard = Dashboard(checkpoint_dir=tmp_path)
-    trainer = make_trainer(make_batches(6), callbacks=[dashboard, Clicks(dashboard, Pause=2)])
-
-    def save_and_resume():
-        wait_for(lambda: dashboard.recorder.log.state == "paused")
-        dashboard.live.view.buttons["Checkpoint"].click()
-        wait_for(lambda: dashboard.recorder.log.note.startswith("saved"))
-        states.append((dashboard.recorder.log.state, trainer.global_step))
-        dashboard.live.view.buttons["Pause"].click()
-
-    states = []
-    thread = threading.Thread(target=save_and_resume)
-    thread.start()
-    trainer.fit(1)
-    thread.join()
-    assert states == [("paused", 2)] and trainer.global_step == 6
-    other = make_trainer(make_batches(6))
-    other.load_checkpoint(tmp_path / "step=000002.pt")
-    assert other.global_step == 2
-
-
-def test_pause_holds_until_resume(shown):
-    """Clicks come from a thread, as with recent kernels."""
-    dashboard = Dashboard()
-    trainer = make_trainer(make_batches(6), callbacks=[dashboard, Clicks(dashboard, Pause=2)])
-    seen = []
-
-    def click_later():
-        while dashboard.recorder.log.state != "paused":
-            time.sleep(0.01)
-        steps = trainer.global_step
-        time.sleep(0.3)
-        seen.append((steps, trainer.global_step, dashboard.cell.view.buttons["Pause"].description))
-        dashboard.cell.view.buttons["Pause"].click()
-
-    thread = threading.Thread(target=click_later)
-    thread.start()
-    trainer.fit(2)
-    thread.join()
-    assert seen == [(2, 2, "Resume")]
-    assert trainer.global_step == 12 and dashboard.recorder.log.state == "done"
-    assert dashboard.recorder.log.speed.trained < 0.3  # the pause is no work
-
-
-def test_a_paused_run_can_be_stopped(shown):
-    dashboard = Dashboard()
-    trainer = make_trainer(make_batches(6), callbacks=[dashboard, Clicks(dashboard, Pause=2)])
-    threading.Timer(0.5, lambda: trainer.request_stop("enough")).start()
-    trainer.fit(2)
-    assert trainer.global_step == 2 and dashboard.recorder.log.reason == "enough"
-
-
-def wait_for(true):
-    end = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def states_of(dashboard, monkeypatch):
@@ -454,17 +320,6 @@ def test_an_announcement_that_cannot_be_shown_is_printed(shown, monkeypatch, cap
 
     make_trainer(make_batches(2), callbacks=[At(s1=announce), dashboard]).fit(1)
     assert capsys.readouterr().out == "stopping soon\n"
-
-
-def test_a_dashboard_changes_no_parameter(shown):
-    runs = []
-    for callbacks in ([], [Dashboard()]):
-        trainer = make_trainer(make_batches(6), make_batches(2), callbacks=callbacks)
-        trainer.fit(3)
-        runs.append((list(trainer.model.parameters()), trainer.history))
-    for a, b in zip(runs[0][0], runs[1][0], strict=True):
-        assert torch.equal(a, b)
-    assert repr(runs[0][1]) == repr(runs[1][1])
 
 
 @pytest.mark.parametrize(

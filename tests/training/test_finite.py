@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import DEVICES, HostReads
+from small import DEVICES, HostReads
 from ununennium.training.finite import (
     CHECKED,
     HINTS,

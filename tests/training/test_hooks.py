@@ -1,79 +1,10 @@
-"""Which callbacks are called, in which order, and what an error in one of them does."""
+"""Who is called, in which order, and what an error in a callback or a display does."""
 
 import pytest
 
-from conftest import make_batches, make_trainer
+from small import make_trainer
 from ununennium import Callback
-from ununennium.training.hooks import HOOKS, Display, Hooks
-
-
-class Fail(Callback):
-    """Raise in one hook."""
-
-    def __init__(self, hook, error):
-        self.error = error
-        setattr(self, hook, self.fail)
-
-    def fail(self, trainer, *details):
-        raise self.error
-
-
-class Diary(Callback):
-    def __init__(self):
-        self.entries = []
-        for hook in HOOKS:
-            setattr(self, hook, lambda trainer, *details, hook=hook: self.entries.append(hook))
-
-
-def test_order_of_the_hooks():
-    diary = Diary()
-    make_trainer(make_batches(2), make_batches(1), callbacks=[diary]).fit(1)
-    assert diary.entries == [
-        "on_train_start", "on_epoch_start", "on_batch_start", "on_batch_end", "on_safepoint",
-        "on_batch_start", "on_batch_end", "on_safepoint", "on_safepoint", "on_scores",
-        "on_epoch_end", "on_train_end",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("error", [RuntimeError("oops"), KeyboardInterrupt()])
-def test_every_callback_is_called_at_the_end(hook, error):
-    diary = Diary()
-    trainer = make_trainer(val=make_batches(1), callbacks=[Fail(hook, error), diary])
-    try:
-        trainer.fit(1)
-    except RuntimeError:
-        assert isinstance(error, RuntimeError)
-    except KeyboardInterrupt:
-        assert hook == "on_train_end"
-    if not (hook == "on_train_end" and isinstance(error, KeyboardInterrupt)):
-        assert diary.entries[-1] == "on_train_end"
-    if hook not in ("on_exception", "on_train_end"):
-        assert "on_exception" in diary.entries
-
-
-def test_a_callback_that_exits_does_not_keep_others_from_the_end():
-    ends = []
-
-    class Last(Callback):
-        def on_train_end(self, trainer):
-            ends.append(1)
-
-    with pytest.raises(SystemExit):
-        make_trainer(callbacks=[Fail("on_train_end", SystemExit(3)), Last()]).fit(1)
-    assert ends == [1]
-
-
-def test_a_display_that_fails_is_switched_off():
-    class Broken(Callback):
-        is_display = True
-
-        def on_batch_end(self, trainer, batch, logs):
-            raise OSError("the browser is gone")
-
-    with pytest.warns(UserWarning, match="Broken failed and is switched off") as caught:
-        make_trainer(callbacks=[Broken()]).fit(2)
-    assert len(caught) == 1
+from ununennium.training.hooks import HOOKS, Display, Hooks, find_listeners, is_fresh, position_of
 
 
 class Screen(Display):
@@ -116,3 +47,59 @@ def test_a_display_that_cannot_announce_is_switched_off():
     assert len(caught) == 1
     assert screen.calls == ["first", "second", "closed"]
     assert other.calls == ["first", "second", "third", "closed"]
+
+
+class Listener:
+    """Note what it hears, under its name; raise if there is an error."""
+
+    def __init__(self, name, heard, error=None):
+        self.name, self.heard, self.error = name, heard, error
+
+    def on_epoch_end(self, trainer, *details):
+        self.heard.append((self.name, trainer, *details))
+        if self.error is not None:
+            raise self.error
+
+
+def test_hooks_are_called_in_the_order_of_the_list_with_the_trainer_first():
+    heard = []
+    hooks = Hooks([Listener("a", heard), Callback(), Listener("b", heard)], "the trainer")
+    hooks.call("on_epoch_end", 3, {"lr": 0.1})
+    hooks.call("on_train_end")  # that nothing here has
+    assert heard == [(name, "the trainer", 3, {"lr": 0.1}) for name in "ab"]
+
+
+def test_an_error_ends_the_call_unless_all_have_to_hear():
+    heard = []
+    first, second = KeyError("first"), KeyError("second")
+    callbacks = [Listener("a", heard, first), Listener("b", heard, second), Listener("c", heard)]
+    with pytest.raises(KeyError, match="first"):
+        Hooks(callbacks, None).call("on_epoch_end")
+    assert [name for name, *_ in heard] == ["a"]
+    heard.clear()
+    with pytest.raises(KeyError, match="first"):
+        Hooks(callbacks, None).call("on_epoch_end", to_all=True)
+    assert [name for name, *_ in heard] == ["a", "b", "c"]
+
+
+def test_an_interrupt_in_a_display_is_no_failure_of_it():
+    display = Listener("a", [], KeyboardInterrupt())
+    display.is_display = True
+    hooks = Hooks([display], None)
+    with pytest.raises(KeyboardInterrupt):
+        hooks.call("on_epoch_end")
+    assert hooks.callbacks == [display]
+
+
+def test_only_overridden_hooks_are_listened_to():
+    assert not any(find_listeners([Callback()]).values())
+    own = type("Own", (), {"on_scores": lambda *_: None})()
+    assert [hook for hook, found in find_listeners([own]).items() if found] == ["on_scores"]
+    assert set(find_listeners([])) == set(HOOKS)
+
+
+def test_positions_are_read_from_a_trainer():
+    trainer = make_trainer()
+    assert is_fresh(trainer) and position_of(trainer) == (0, 0, 0)
+    trainer.fit(1)
+    assert not is_fresh(trainer) and position_of(trainer) == (1, 6, 0)

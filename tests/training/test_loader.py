@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from conftest import make_batches
+from small import make_batches
 from ununennium.training.checkpoint import plain
 from ununennium.training.loader import ResumableLoader, fingerprint, instrument, owners_of
 from ununennium.training.messages import TrainingWarning

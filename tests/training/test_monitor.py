@@ -4,51 +4,7 @@ import math
 
 import pytest
 
-from conftest import make_batches, make_trainer
-from ununennium import CheckpointCallback, EarlyStopping
 from ununennium.training.monitor import Monitor, direction_of
-
-
-def test_monitors_are_checked():
-    for mode, name in (("min", "val_IoU"), ("max", "val_loss"), ("min", "val_accuracy")):
-        with pytest.raises(ValueError, match="would keep the worst model"):
-            CheckpointCallback("x", monitor=name, mode=mode)
-    with pytest.raises(ValueError, match="no val_loader"):
-        make_trainer(callbacks=[EarlyStopping()]).fit(1)
-    trainer = make_trainer(callbacks=[EarlyStopping("train_los")])
-    with pytest.raises(ValueError, match="Did you mean 'train_loss'"):
-        trainer.fit(3)
-    assert trainer.epoch == 1
-    with pytest.raises(ValueError, match="cannot tell whether 'lr'"):
-        make_trainer(callbacks=[EarlyStopping("lr")]).fit(1)
-
-
-def test_a_metric_says_which_way_is_better():
-    class Odd:
-        higher_is_better = False
-
-        def update(self, output, target):
-            self.value = output.mean()
-
-        def compute(self):
-            return self.value
-
-        def reset(self):
-            pass
-
-    stopping = EarlyStopping("val_quality", patience=1)
-    make_trainer(val=make_batches(1), metrics={"quality": Odd()}, callbacks=[stopping]).fit(1)
-    assert stopping.monitor.mode == "min"
-
-
-def test_members_of_a_collection_say_which_way_is_better():
-    from torchmetrics import MetricCollection
-    from torchmetrics.classification import MulticlassF1Score
-
-    collection = MetricCollection({"quality": MulticlassF1Score(3, ignore_index=255)})
-    stopping = EarlyStopping("val_quality")
-    make_trainer(val=make_batches(2), metrics=collection, callbacks=[stopping]).fit(1)
-    assert stopping.monitor.mode == "max"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import DEVICES
+from small import DEVICES
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.precision import Precision, renewed, resolve_device
 

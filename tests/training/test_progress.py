@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 import ununennium.training.progress as module
-from conftest import make_batches, make_trainer
+from small import make_batches, make_trainer
 from ununennium import Dashboard
 from ununennium.notebook.kernel import has_front_end
 from ununennium.training.progress import (

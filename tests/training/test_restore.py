@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from conftest import make_trainer, small_net
+from small import make_trainer, small_net
 from ununennium import CheckpointError, Trainer
 from ununennium.training.restore import (
     check_tensors,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_batches, make_trainer
+from small import make_batches, make_trainer
 from ununennium import Callback, CheckpointCallback
 from ununennium.training.runlog import (
     RunLog,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import HostReads
+from small import HostReads
 from ununennium import TrainingDiverged
 from ununennium.training.batches import MicroBatch
 from ununennium.training.finite import CHECKED

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import DEVICES, HostReads, small_net
+from small import DEVICES, HostReads, small_net
 from ununennium.training.batches import MicroBatch
 from ununennium.training.precision import Precision
 from ununennium.training.step import (

@@ -1,4 +1,4 @@
-"""Real imagery: the trainer repeats a plain PyTorch run on Sentinel-2 and Landsat chips."""
+"""0 · The reference: on real chips, the trainer repeats a plain PyTorch run."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from conftest import SHARED_DATA
+from small import SHARED_DATA
 from ununennium import Callback, Trainer, TrainerConfig, class_weights
 
 FOLDER = SHARED_DATA / "csm5"
@@ -21,12 +21,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def reference():
-    spec = importlib.util.spec_from_file_location("ref_train", FOLDER / "ref_train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "weighted"])
+def expected(request, tmp_path_factory):
+    """What the reference's own script prints on this machine, and what it printed on its author's.
+
+    The two differ: an AdamW step has the sign of a gradient where the gradient is near zero, so the
+    last bit of a convolution, which depends on the processor, is visible after the first step.
+    """
+    folder = tmp_path_factory.mktemp("reference")
+    for name in ("ref_train.py", "meta.json", "train.npz", "val.npz"):
+        shutil.copy(FOLDER / name, folder)
+    options = ["--weighted"] if request.param else []
+    command = [sys.executable, str(folder / "ref_train.py"), "--epochs", "3", *options]
+    subprocess.run(command, check=True, capture_output=True)
+    name = f"ref_seed0{'_weighted' if request.param else ''}.json"
+    return json.loads((folder / name).read_text()), json.loads((FOLDER / name).read_text())
 
 
 class StepLosses(Callback):
@@ -36,6 +45,14 @@ class StepLosses(Callback):
     def on_batch_end(self, trainer, batch, logs):
         if trainer.epoch == 0:
             self.losses.append(float(logs["train_loss"]))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    spec = importlib.util.spec_from_file_location("ref_train", FOLDER / "ref_train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def train(reference, epochs, weights=None, loss_fn=None):
@@ -58,23 +75,6 @@ def train(reference, epochs, weights=None, loss_fn=None):
         ),
     )
     return trainer.fit(epochs), steps.losses
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "weighted"])
-def expected(request, tmp_path_factory):
-    """What the reference's own script prints on this machine, and what it printed on its author's.
-
-    The two differ: an AdamW step has the sign of a gradient where the gradient is near zero, so the
-    last bit of a convolution, which depends on the processor, is visible after the first step.
-    """
-    folder = tmp_path_factory.mktemp("reference")
-    for name in ("ref_train.py", "meta.json", "train.npz", "val.npz"):
-        shutil.copy(FOLDER / name, folder)
-    options = ["--weighted"] if request.param else []
-    command = [sys.executable, str(folder / "ref_train.py"), "--epochs", "3", *options]
-    subprocess.run(command, check=True, capture_output=True)
-    name = f"ref_seed0{'_weighted' if request.param else ''}.json"
-    return json.loads((folder / name).read_text()), json.loads((FOLDER / name).read_text())
 
 
 def test_repeats_the_reference_step_by_step(reference, expected):
@@ -112,7 +112,7 @@ def test_class_weights_bring_the_rare_class_back(reference):
 
 
 def test_a_time_series_with_cloudy_dates_and_gaps_in_the_labels():
-    """68 dates of one place, a mask in halves, label 0 without data, class numbers with gaps."""
+    """68 dates of one scene, a mask in halves, label 0 without data, class numbers with gaps."""
     import numpy as np
 
     folder = SHARED_DATA / "eopatch68"

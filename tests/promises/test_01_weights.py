@@ -1,4 +1,4 @@
-"""Rules 1-3: one weight drives gradients and losses, however the samples are split."""
+"""1 · One weight drives everything: gradients and losses, however the samples are split."""
 
 import functools
 import math
@@ -10,8 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import make_batches, make_trainer, small_net, vector
-from ununennium import MaskedLoss
+from small import make_batches, make_trainer, small_net, vector
+from ununennium import MaskedLoss, Trainer
+
+CLASS_WEIGHT = torch.tensor([0.2, 1.0, 5.0])
+
+
+LOSSES = {
+    "plain": nn.CrossEntropyLoss(ignore_index=255),
+    "weighted": nn.CrossEntropyLoss(CLASS_WEIGHT, ignore_index=255),
+    "smoothed": nn.CrossEntropyLoss(CLASS_WEIGHT, ignore_index=255, label_smoothing=0.1),
+    "partial": functools.partial(F.cross_entropy, weight=CLASS_WEIGHT, ignore_index=255),
+}
+
 
 SIDE = 16
 
@@ -24,6 +35,13 @@ def tiles(valid, seed=0, classes=3):
     for mask, count in zip(masks, valid, strict=True):
         mask.view(-1)[count:] = 255
     return images, masks
+
+
+def gradient_of_one_batch(images, masks, loss):
+    model = small_net(norm=False, classes=1 if masks.is_floating_point() else 3)
+    value = loss(model(images), masks)
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), value.item()
 
 
 def gradient_of_trainer(images, masks, sizes, loss, norm=False):
@@ -43,24 +61,8 @@ def gradient_of_trainer(images, masks, sizes, loss, norm=False):
     return before - vector(model), trainer
 
 
-def gradient_of_one_batch(images, masks, loss):
-    model = small_net(norm=False, classes=1 if masks.is_floating_point() else 3)
-    value = loss(model(images), masks)
-    value.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), value.item()
-
-
 def close(one, other):
     return (one - other).norm() <= 1e-5 * other.norm() + 1e-7
-
-
-CLASS_WEIGHT = torch.tensor([0.2, 1.0, 5.0])
-LOSSES = {
-    "plain": nn.CrossEntropyLoss(ignore_index=255),
-    "weighted": nn.CrossEntropyLoss(CLASS_WEIGHT, ignore_index=255),
-    "smoothed": nn.CrossEntropyLoss(CLASS_WEIGHT, ignore_index=255, label_smoothing=0.1),
-    "partial": functools.partial(F.cross_entropy, weight=CLASS_WEIGHT, ignore_index=255),
-}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -74,7 +76,7 @@ def test_accumulation_is_exact_from_0_to_98_percent_nodata(name, sizes):
 
 
 def test_the_mean_of_means_would_be_far_off():
-    """What the trainer does not do, to know that the test above can tell."""
+    """What the trainer does not do: it shows that the test above can fail."""
     images, masks = tiles([256, 256, 128, 5])
     for loss in (LOSSES["plain"], LOSSES["weighted"]):
         expected, _ = gradient_of_one_batch(images, masks, loss)
@@ -139,12 +141,12 @@ def test_no_gradient_leaks_into_or_out_of_a_fit():
     assert all(parameter.grad is None for parameter in dirty.model.parameters())
 
 
-@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize("position", [0, 3, 6])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_batch_without_valid_pixels_adds_nothing_and_is_counted(place, accumulation):
+def test_a_batch_without_valid_pixels_adds_nothing_and_is_counted(position, accumulation):
     batches = make_batches(6)
     empty = (torch.full_like(batches[0][0], 1e4), torch.full_like(batches[0][1], 255))
-    with_empty = [*batches[:place], empty, *batches[place:]]
+    with_empty = [*batches[:position], empty, *batches[position:]]
     plain = make_trainer(batches, accumulation_steps=1).fit(2)
     trainer = make_trainer(with_empty, batches, accumulation_steps=accumulation)
     history = trainer.fit(2)
@@ -178,3 +180,41 @@ def test_own_weight_of_a_loss_and_of_a_trainer():
     assert trainer.validate(batches)["val_loss"] == pytest.approx(
         trainer.validate(whole)["val_loss"], rel=1e-5
     )
+
+
+def test_targets_in_containers_weigh_by_samples():
+    def run(size, accumulation):
+        (image, mask), = make_batches(1, size=10, nodata=0.0)  # fmt: skip
+        parts = zip(image.split(size), mask.split(size), strict=True)
+        batches = [(x, {"mask": y, "area": y.float()}) for x, y in parts]
+        loss = lambda output, target: nn.functional.cross_entropy(output, target["mask"])
+        trainer = make_trainer(
+            batches, loss=loss, model=small_net(norm=False), accumulation_steps=accumulation,
+            metrics={}, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), gradient_clip=None,
+        )  # fmt: skip
+        trainer.fit(1)
+        return vector(trainer.model)
+
+    assert torch.allclose(run(10, 1), run(4, 3), atol=1e-6)
+
+
+def test_a_weight_of_your_own_may_be_a_tensor_of_zero():
+    class Own(Trainer):
+        def batch_weight(self, target):
+            return (target != 255).sum()
+
+    base = make_trainer([(image, torch.full_like(mask, 255)) for image, mask in make_batches(3)])
+    trainer = Own(base.model, base.optimizer, base.loss_fn, base.train_loader, config=base.config)
+    before = vector(trainer.model)
+    assert trainer.fit(1)["train_empty_batches"] == [3.0]
+    assert torch.equal(vector(trainer.model), before) and trainer.global_step == 0
+
+
+def test_data_without_any_valid_pixel_is_reported():
+    nothing = [(image, torch.full_like(mask, 255)) for image, mask in make_batches(2)]
+    with pytest.warns(UserWarning, match="No batch of train_loader has a valid pixel in epoch 1"):
+        make_trainer(nothing).fit(1)
+    with pytest.warns(
+        UserWarning, match="No batch of the validation loader .* ignore_index is 255"
+    ):
+        make_trainer().validate(nothing)

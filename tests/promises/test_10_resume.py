@@ -1,4 +1,4 @@
-"""A run that was left anywhere, and gone on with elsewhere, is the run that never was left."""
+"""10 · Resume is exact: saved anywhere and finished elsewhere, a run has the same bits."""
 
 import contextlib
 import multiprocessing
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,8 +23,51 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from conftest import start_process
-from ununennium import Callback, CheckpointCallback, EarlyStopping, Trainer, TrainerConfig
+from small import (
+    AtStep,
+    assert_same,
+    make_batches,
+    make_trainer,
+    outcome,
+    same_history,
+    same_state,
+    small_net,
+    start_process,
+)
+from ununennium import CheckpointCallback, EarlyStopping, Trainer, TrainerConfig
+
+KINDS = ("plain", "generator", "own", "weighted", "batches", "goes", "stream", "stateful",
+         "distributed")  # fmt: skip
+
+
+HOW = ("stop", "exception", "interrupt", "terminate", "kill")
+
+
+def draw_case(seed):
+    draw = random.Random(seed)
+    case = {
+        "seed": seed,
+        "kind": draw.choice(KINDS),
+        "workers": draw.choice([0] * 10 + [2, 3]),  # 3: two that persist
+        "val_workers": draw.choice([0] * 19 + [3]),
+        "count": draw.choice([7, 10, 13]),
+        "size": draw.choice([1, 2, 3]),
+        "accumulation": draw.choice([1, 1, 2, 3]),
+        "optimizer": draw.choice(["sgd", "adam"]),
+        "width": draw.choice([2, 8, 12]),
+        "norms": draw.choice(["batch", "frozen batch", "group"]),
+        "scheduler": draw.choice(["none", "step", "one cycle", "plateau"]),
+        "phase": draw.choice(["train", "train", "train", "validate"]),
+        "how": draw.choice(HOW),
+    }
+    count = -(-case["count"] // 2) if case["kind"] == "distributed" else case["count"]
+    batches = count // case["size"] if case["kind"] == "batches" else -(-count // case["size"])
+    steps = -(-batches // case["accumulation"])
+    if case["phase"] == "train":
+        case["at"] = sorted(draw.sample(range(1, 3 * steps), draw.choice([1, 1, 2])))
+    else:
+        case["at"] = [steps * draw.choice([1, 2, 3])]
+    return case
 
 
 class Pixels(Dataset):
@@ -47,6 +91,30 @@ class Pixels(Dataset):
         mask = torch.full((4, 4), index % 3)
         mask[0, 0] = 255
         return image, mask
+
+
+class Stateful:
+    """A loader that knows its position, as torchdata's does; it cannot be resumed otherwise."""
+
+    def __init__(self, data, size):
+        self.data, self.size, self.order, self.at = data, size, None, 0
+
+    def __iter__(self):
+        if self.order is None:
+            self.order, self.at = torch.randperm(len(self.data)).tolist(), 0
+        while self.at < len(self.order):
+            rows = self.order[self.at : self.at + self.size]
+            self.at += len(rows)
+            yield [
+                torch.stack(part) for part in zip(*map(self.data.__getitem__, rows), strict=True)
+            ]
+        self.order = None
+
+    def state_dict(self):
+        return {"order": self.order, "at": self.at}
+
+    def load_state_dict(self, state):
+        self.order, self.at = state["order"], state["at"]
 
 
 class Stream(IterableDataset):
@@ -77,30 +145,6 @@ class AsItGoes(Sampler):
             yield int(torch.randint(self.count, ()))
 
 
-class Stateful:
-    """A loader that says where it is, as torchdata's does; it cannot be gone on with otherwise."""
-
-    def __init__(self, data, size):
-        self.data, self.size, self.order, self.at = data, size, None, 0
-
-    def __iter__(self):
-        if self.order is None:
-            self.order, self.at = torch.randperm(len(self.data)).tolist(), 0
-        while self.at < len(self.order):
-            rows = self.order[self.at : self.at + self.size]
-            self.at += len(rows)
-            yield [
-                torch.stack(part) for part in zip(*map(self.data.__getitem__, rows), strict=True)
-            ]
-        self.order = None
-
-    def state_dict(self):
-        return {"order": self.order, "at": self.at}
-
-    def load_state_dict(self, state):
-        self.order, self.at = state["order"], state["at"]
-
-
 def make_loader(kind, workers, count, size):
     options = {"num_workers": min(workers, 2), "persistent_workers": workers == 3}
     if kind == "stream":
@@ -124,19 +168,7 @@ def make_loader(kind, workers, count, size):
     return DataLoader(data, batch_size=size, **options)
 
 
-class At(Callback):
-    """Does something after a number of steps, or in a validation."""
-
-    def __init__(self, step, act, phase="train"):
-        self.step, self.act, self.phase = step, act, phase
-
-    def on_safepoint(self, trainer, phase):
-        if self.act and phase == self.phase and trainer.global_step == self.step:
-            act, self.act = self.act, None
-            act(trainer)
-
-
-def make_trainer(case, folder, *callbacks):
+def build(case, folder, *callbacks):
     torch.manual_seed(case["seed"])
     np.random.seed(case["seed"])
     random.seed(case["seed"])
@@ -174,68 +206,6 @@ def make_trainer(case, folder, *callbacks):
     )  # fmt: skip
 
 
-def outcome(trainer):
-    """Return everything that has to be the same."""
-    names = ("patience", "best", "count")
-    memory = {n: getattr(c, n) for c in trainer.callbacks for n in names if hasattr(c, n)}
-    return {
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict()["state"],
-        "history": trainer.history,
-        "scheduler": trainer.run.schedule.scheduler and trainer.run.schedule.scheduler.state_dict(),
-        "step": trainer.global_step,
-        "memory": memory,
-        "random": (torch.rand(1).item(), np.random.rand(), random.random()),
-    }
-
-
-def assert_same(a, b, name=""):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), name
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), name
-        for key in a:
-            assert_same(a[key], b[key], f"{name}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), name
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{name}/{i}")
-    else:
-        assert a == b or (a != a and b != b), (name, a, b)
-
-
-KINDS = ("plain", "generator", "own", "weighted", "batches", "goes", "stream", "stateful",
-         "distributed")  # fmt: skip
-HOW = ("stop", "exception", "interrupt", "terminate", "kill")
-
-
-def draw_case(seed):
-    draw = random.Random(seed)
-    case = {
-        "seed": seed,
-        "kind": draw.choice(KINDS),
-        "workers": draw.choice([0] * 10 + [2, 3]),  # 3: two that persist
-        "val_workers": draw.choice([0] * 19 + [3]),
-        "count": draw.choice([7, 10, 13]),
-        "size": draw.choice([1, 2, 3]),
-        "accumulation": draw.choice([1, 1, 2, 3]),
-        "optimizer": draw.choice(["sgd", "adam"]),
-        "width": draw.choice([2, 8, 12]),
-        "norms": draw.choice(["batch", "frozen batch", "group"]),
-        "scheduler": draw.choice(["none", "step", "one cycle", "plateau"]),
-        "phase": draw.choice(["train", "train", "train", "validate"]),
-        "how": draw.choice(HOW),
-    }
-    count = -(-case["count"] // 2) if case["kind"] == "distributed" else case["count"]
-    batches = count // case["size"] if case["kind"] == "batches" else -(-count // case["size"])
-    steps = -(-batches // case["accumulation"])
-    if case["phase"] == "train":
-        case["at"] = sorted(draw.sample(range(1, 3 * steps), draw.choice([1, 1, 2])))
-    else:
-        case["at"] = [steps * draw.choice([1, 2, 3])]
-    return case
-
-
 class Broken(Exception):
     pass
 
@@ -256,16 +226,16 @@ def leave(how):
     return act
 
 
-def run_part(case, folder, place):
-    """Go on from what is in the folder, up to a place or the end."""
+def run_part(case, folder, step):
+    """Continue from what is in the folder, up to a step or the end."""
     torch.set_num_threads(1)  # of a new process too: sums depend on it
-    stop = At(place, leave(case["how"]), case["phase"])
-    trainer = make_trainer(case, folder, stop)
+    end = AtStep(step, leave(case["how"]), case["phase"])
+    trainer = build(case, folder, end)
     if trainer.resume(folder) is not None:
-        torch.manual_seed(99)  # what came between is forgotten
+        torch.manual_seed(99)  # what was drawn in between is forgotten
     with contextlib.suppress(Broken):
         trainer.fit()
-    assert place is None or stop.act is None, "the place was not reached"
+    assert step is None or end.act is None, "the step was not reached"
     return trainer
 
 
@@ -277,9 +247,9 @@ def run_part_as_leader(*part):
     run_part(*part)
 
 
-def run_part_in_a_process(case, folder, place):
+def run_part_in_a_process(case, folder, step):
     """The same, for an end that takes the process with it."""
-    process = start_process(run_part_as_leader, case, folder, place)
+    process = start_process(run_part_as_leader, case, folder, step)
     process.join()
     ends = {"terminate": -signal.SIGTERM, "kill": -signal.SIGKILL}
     assert process.exitcode == ends[case["how"]]
@@ -289,35 +259,35 @@ CASES = int(os.environ.get("CONTINUATION_CASES", 100))
 
 
 @pytest.mark.parametrize("seed", range(CASES))
-def test_left_and_gone_on_with(tmp_path, seed):
+def test_resuming_is_exact(tmp_path, seed):
     case = draw_case(seed)
-    whole = make_trainer(case, tmp_path / "whole", At(0, None))
+    whole = build(case, tmp_path / "whole", AtStep(0, None))
     whole.fit()
     expected, folder = outcome(whole), tmp_path / "parts"
     part = run_part if case["how"] in HOW[:3] else run_part_in_a_process
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for place in case["at"]:
-            part(case, folder, place)
+        for step in case["at"]:
+            part(case, folder, step)
         assert_same(expected, outcome(run_part(case, folder, None)))
-    told = {str(w.message) for w in caught if "not exactly" in str(w.message)}
-    assert all("draws its order as it goes" in message for message in told), told
-    assert not told or case["kind"] == "goes"
+    inexact = {str(w.message) for w in caught if "not exactly" in str(w.message)}
+    assert all("draws its order as it goes" in message for message in inexact), inexact
+    assert not inexact or case["kind"] == "goes"
 
 
-def test_a_file_written_during_validation(tmp_path):
-    """It is done again, and draws what it had drawn."""
+def test_a_file_written_during_validation_resumes_exactly(tmp_path):
+    """The validation is repeated, with the same random numbers."""
     case = draw_case(0) | {"kind": "plain", "workers": 0, "val_workers": 0, "how": "stop"}
     written = tmp_path / "file.pt"
-    save = At(4, lambda trainer: trainer.save_checkpoint(written), "validate")
-    whole = make_trainer(case | {"count": 10, "size": 3, "accumulation": 1}, tmp_path / "a", save)
+    save = AtStep(4, lambda trainer: trainer.save_checkpoint(written), "validate")
+    whole = build(case | {"count": 10, "size": 3, "accumulation": 1}, tmp_path / "a", save)
     whole.fit()
     expected = outcome(whole)
-    rest = make_trainer(case | {"count": 10, "size": 3, "accumulation": 1}, tmp_path / "b")
-    rest.load_checkpoint(written)
-    assert (rest.epoch, rest.batch) == (0, 4)
-    rest.fit()
-    assert_same(expected, outcome(rest))
+    resumed = build(case | {"count": 10, "size": 3, "accumulation": 1}, tmp_path / "b")
+    resumed.load_checkpoint(written)
+    assert (resumed.epoch, resumed.batch) == (0, 4)
+    resumed.fit()
+    assert_same(expected, outcome(resumed))
 
 
 class Tiles(Dataset):
@@ -367,12 +337,73 @@ def test_an_error_of_the_data_set_costs_no_sample(tmp_path, accumulation, throug
             assert torch.equal(a, b)
 
 
-def test_a_loader_of_another_kind_is_told(tmp_path):
+def test_another_kind_of_loader_warns(tmp_path):
     case = draw_case(0) | {"kind": "plain", "workers": 0, "val_workers": 0, "how": "stop"}
     case |= {"accumulation": 1, "scheduler": "none"}
-    part = make_trainer(case, tmp_path, At(2, leave("stop")))
+    part = build(case, tmp_path, AtStep(2, leave("stop")))
     part.fit()
-    other = make_trainer(case | {"kind": "stream"}, tmp_path)
+    other = build(case | {"kind": "stream"}, tmp_path)
     other.resume(tmp_path)
     with pytest.warns(UserWarning, match="left with a loader of another kind"):
         other.fit()
+
+
+# At the end of an epoch, with every kind of scheduler.
+
+
+SCHEDULERS = {
+    "none": None,
+    "step": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.3),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=36),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 4)], [2]
+    ),
+}
+
+
+def make_run(scheduler, own_generator, callbacks=()):
+    generator = torch.Generator().manual_seed(3) if own_generator else None
+    loader = torch.utils.data.DataLoader(
+        make_batches(6), batch_size=None, shuffle=True, generator=generator
+    )
+    return make_trainer(
+        loader, make_batches(2, seed=1), scheduler=scheduler, callbacks=callbacks,
+        model=torch.nn.Sequential(torch.nn.Dropout(0.2), small_net()), seed=5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_a_new_trainer_continues_bit_for_bit(tmp_path, name, own_generator):
+    straight = make_run(SCHEDULERS[name], own_generator)
+    straight.fit(6)
+    first = make_run(SCHEDULERS[name], own_generator)
+    first.fit(2)
+    path = first.save_checkpoint(tmp_path / "two.pt")
+    torch.manual_seed(99)
+    second = make_run(SCHEDULERS[name], own_generator)
+    second.load_checkpoint(path)
+    torch.rand(17)  # something else draws in between
+    second.fit(4)
+    assert same_state(straight, second) and same_history(straight.history, second.history)
+
+
+def test_callbacks_remember(tmp_path):
+    def callbacks():
+        return [
+            EarlyStopping("val_loss", patience=3),
+            CheckpointCallback(tmp_path / "run", save_top_k=2),
+        ]
+
+    first = make_run(None, False, callbacks())
+    first.fit(3)
+    second = make_run(None, False, callbacks())
+    second.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert second.callbacks[0].state_dict() == first.callbacks[0].state_dict()
+    assert second.callbacks[1].kept == first.callbacks[1].kept and len(first.callbacks[1].kept) == 2
+    second.fit(3)
+    files = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert len(files) == 4 and files[2:] == ["last.pt", "previous.pt"]

@@ -1,0 +1,108 @@
+"""6 · Scores of the whole data set: computed from counts, whatever the batches."""
+
+import math
+
+import pytest
+import torch
+import torchmetrics.classification as tm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from small import make_batches, make_trainer, small_net
+from ununennium import ConfusionMatrix
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_iou_does_not_depend_on_the_batches(sizes, seed):
+    (image, mask), = make_batches(1, size=sum(sizes), seed=seed, nodata=0.4)  # fmt: skip
+    trainer = make_trainer()
+    whole = trainer.validate([(image, mask)])
+    split = trainer.validate(list(zip(image.split(sizes), mask.split(sizes), strict=True)))
+    assert split["val_IoU"] == whole["val_IoU"]
+    assert split["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
+
+
+def test_an_absent_class_is_nan_and_left_out():
+    trainer = make_trainer(model=small_net(classes=5), class_names=list("abcde"))
+    with torch.no_grad():
+        trainer.model[-1].bias[3:] = -1e4
+    scores = trainer.validate(make_batches())
+    assert math.isnan(scores["val_IoU/d"]) and math.isnan(scores["val_IoU/e"])
+    assert scores["val_IoU_classes"] == 3
+    assert scores["val_IoU"] == pytest.approx(sum(scores[f"val_IoU/{c}"] for c in "abc") / 3)
+
+
+def test_byte_masks_are_scored_alike():
+    trainer = make_trainer()
+    plain = trainer.validate(make_batches())
+    byte = trainer.validate([(image, mask.to(torch.uint8)) for image, mask in make_batches()])
+    assert byte == plain
+
+
+def test_classification_and_metrics_of_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, generator=generator)
+    y = x[:, :3].argmax(1)
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+    model = nn.Linear(5, 3)
+    metrics = {"F1": tm.MulticlassF1Score(3), "Recall": tm.MulticlassRecall(3, average=None)}
+    trainer = make_trainer(
+        batches, batches, model=model, loss=nn.CrossEntropyLoss(), metrics=metrics,
+        class_names=["a", "b", "c"],
+    )  # fmt: skip
+    history = trainer.fit(2)
+    assert {"val_F1", "val_Recall/a", "val_Recall/c"} <= set(history)
+    assert "val_IoU" not in history and trainer.directions["val_F1"] == "max"
+    default = make_trainer(batches, batches, model=nn.Linear(5, 3), loss=nn.CrossEntropyLoss())
+    assert {"val_accuracy", "val_IoU/2"} <= set(default.fit(1))
+
+
+def test_a_metric_collection_and_no_metrics():
+    from torchmetrics import MetricCollection
+
+    collection = MetricCollection([tm.MulticlassF1Score(3, ignore_index=255)])
+    assert "val_MulticlassF1Score" in make_trainer(metrics=collection).validate(make_batches())
+    assert set(make_trainer(metrics={}).validate(make_batches())) == {"val_loss"}
+
+
+def test_two_tables_keep_their_scores_apart():
+    metrics = {"all": ConfusionMatrix(3, 255), "without water": ConfusionMatrix(3, 0)}
+    batches = make_batches(2, nodata=0.0)
+    scores = make_trainer(val=batches, metrics=metrics).validate()
+    assert scores["val_IoU"] != scores["val_without water_IoU"]
+
+
+def test_regression_has_no_scores_by_default():
+    batches = [(torch.randn(2, 4, 8, 8), torch.randn(2, 1, 8, 8))]
+    trainer = make_trainer(batches, batches, model=small_net(1), loss=nn.MSELoss())
+    assert set(trainer.validate()) == {"val_loss"}
+
+
+def test_an_output_without_out_is_trained_and_not_scored():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return {"logits": self.net(x)}
+
+    loss = lambda output, target: nn.functional.cross_entropy(
+        output["logits"], target, ignore_index=255
+    )
+    settings = {"val": make_batches(2), "model": Named(), "loss": loss, "ignore_index": 255}
+    assert "val_loss" in make_trainer(metrics={}, **settings).fit(1)
+    with pytest.raises(ValueError, match="Name the prediction 'out'"):
+        make_trainer(**settings).fit(1)
+
+
+def test_scores_that_come_later_have_nan_before():
+    trainer = make_trainer()
+    trainer.fit(2)
+    trainer.val_loader = make_batches(1)
+    history = trainer.fit(1)
+    assert [math.isnan(value) for value in history["val_loss"]] == [True, True, False]
+    trainer.val_loader = None
+    assert [math.isnan(value) for value in trainer.fit(1)["val_IoU"]] == [True, True, False, True]

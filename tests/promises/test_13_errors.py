@@ -1,0 +1,373 @@
+"""13 · Errors are sentences: what is wrong, with the value, and what to do; and nothing is lost."""
+
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from small import (
+    At,
+    Named,
+    boom,
+    make_batches,
+    make_trainer,
+    same_state,
+    small_net,
+    spoiled,
+    vector,
+)
+from ununennium import (
+    Callback,
+    CheckpointError,
+    ConfusionMatrix,
+    EarlyStopping,
+    MaskedLoss,
+    Trainer,
+    TrainerConfig,
+)
+
+# Parts and settings.
+
+
+def test_parts_that_cannot_be_trained_together():
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss, batches = nn.CrossEntropyLoss(), make_batches()
+    cases = [
+        ((print, optimizer, loss, batches), TypeError, "model is a builtin"),
+        ((model, torch.optim.SGD, loss, batches), TypeError, "optimizer is a type"),
+        ((model, optimizer, "ce", batches), TypeError, "loss_fn is a str"),
+        ((model, optimizer, loss, 3), TypeError, "train_loader is a int"),
+        ((small_net(), optimizer, loss, batches), ValueError, "none of the model's parameters"),
+        ((model, optimizer, nn.CrossEntropyLoss(reduction="sum"), batches), ValueError, "'sum'"),
+    ]
+    for parts, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            Trainer(*parts, config=TrainerConfig(device="cpu"))
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(TypeError, match="LBFGS"):
+        Trainer(model, lbfgs, loss, batches)
+    other = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=1.0), 1)
+    with pytest.raises(ValueError, match="scheduler belongs to another optimizer"):
+        Trainer(model, optimizer, loss, batches, scheduler=other)
+
+
+class Samples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.zeros(4, 8, 8), torch.zeros(8, 8, dtype=torch.int64)
+
+
+def test_swapped_arguments():
+    base = make_trainer()
+    model, optimizer, loss, batches = base.model, base.optimizer, base.loss_fn, base.train_loader
+    for parts, options, message in (
+        ((batches, batches, base.config), {}, "TrainerConfig, which has no step.* config="),
+        ((batches,), {"callbacks": ["EarlyStopping"]}, "'EarlyStopping' .* none of the hooks"),
+        ((batches,), {"callbacks": [EarlyStopping]}, "EarlyStopping is a class"),
+        ((batches,), {"config": {"epochs": 3}}, "config is a dict"),
+        ((Samples(),), {}, "is a data set, Samples, .* DataLoader"),
+        ((batches,), {"metrics": [ConfusionMatrix(3)]}, "metrics is a list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Trainer(model, optimizer, loss, *parts, **options)
+    with pytest.raises(TypeError, match=r"CrossEntropyLoss; pass an instance"):
+        Trainer(model, optimizer, nn.CrossEntropyLoss, batches)
+    with pytest.raises(ValueError, match="has an ignore_index of its own"):
+        MaskedLoss(nn.CrossEntropyLoss(reduction="none"), 255)
+    with pytest.raises(TypeError, match="target is a numpy array"):
+        make_trainer([(image, mask.numpy()) for image, mask in batches], metrics={}).fit(1)
+
+
+def test_settings_of_the_wrong_type():
+    for settings, message in (
+        ({"gradient_clip": "1"}, "gradient_clip='1' must be a number"),
+        ({"seed": -1}, "seed=-1 must be a whole number, 0 or more"),
+        ({"epochs": 1.5}, "epochs=1.5 must be a whole number"),
+        ({"accumulation_steps": True}, "accumulation_steps=True"),
+        ({"class_names": ["a", "b"]}, "2 names, but the model has 3 classes"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            make_trainer(**settings).fit(1)
+    assert make_trainer(epochs=np.int64(2)).config.epochs == 2
+    base = make_trainer()
+    with pytest.raises(TypeError, match=r"pass a list: callbacks=\[...\]"):
+        Trainer(base.model, base.optimizer, base.loss_fn, [1], callbacks=EarlyStopping())
+
+
+def test_parameters_without_an_optimizer_are_reported():
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[-1] = nn.Conv2d(8, 3, 1)
+    with pytest.warns(UserWarning, match="does not hold 2 .* such as 3.weight"):
+        Trainer(model, optimizer, nn.CrossEntropyLoss(), make_batches())
+
+
+def test_losses_that_cannot_be_learned_from():
+    for loss, message in [
+        (lambda o, t: o.argmax(1).float().mean(), "does not depend on the model's parameters"),
+        (
+            lambda o, t: nn.functional.cross_entropy(o, t, ignore_index=255, reduction="none"),
+            "one number",
+        ),
+        (lambda o, t: {"ce": o.mean()}, "must be called 'loss'"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            make_trainer(loss=loss).fit(1)
+    with pytest.raises(TypeError, match="one number, a scalar tensor; 'loss' is of type float"):
+        make_trainer(loss=lambda o, t: 0.5).fit(1)
+
+
+def once(batches):
+    yield from batches
+
+
+def test_empty_and_exhausted_loaders():
+    with pytest.raises(ValueError, match="train_loader is empty: its length is 0"):
+        make_trainer([])
+    with pytest.raises(ValueError, match="val_loader is empty"):
+        make_trainer(val=[])
+    dropped = torch.utils.data.DataLoader(range(3), batch_size=4, drop_last=True)
+    with pytest.raises(ValueError, match="drop_last=True"):
+        make_trainer(dropped)
+    with pytest.raises(ValueError, match="gave no batch in epoch 1"):
+        make_trainer(once([])).fit(1)
+    trainer = make_trainer(once(make_batches(3)))
+    with pytest.raises(ValueError, match="train_loader is a generator, .* read once, .* 2 epochs"):
+        trainer.fit(2)
+    trainer.fit(1)
+    with pytest.raises(ValueError, match="gave no batch in epoch 2.* read before"):
+        trainer.fit(1)
+    assert trainer.epoch == 1 and trainer.global_step == 3
+    with pytest.raises(ValueError, match="validation loader gave no batch"):
+        trainer.validate([])
+    with pytest.raises(ValueError, match="nothing to validate on"):
+        trainer.validate()
+
+
+def test_a_fit_within_a_fit_is_refused():
+    class Again(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            trainer.fit(1)
+
+    trainer = make_trainer(callbacks=[Again()])
+    with pytest.raises(RuntimeError, match="while a fit of this trainer runs"):
+        trainer.fit(1)
+    trainer.callbacks.clear()
+    trainer.fit(1)
+
+
+# Batches.
+
+
+BCE = nn.BCEWithLogitsLoss()
+
+
+IMAGE, MASK = torch.randn(2, 4, 8, 8), torch.randint(3, (2, 8, 8))
+
+
+BAD_BATCHES = {
+    "labels beyond the classes": (
+        (IMAGE, MASK + 5), None, 3, r"labels outside the model's 3 classes 0..2: 5 \(\d+ times\)"),
+    "one label beyond": (
+        (IMAGE, torch.full_like(MASK, 9)), None, 3, "build the loss with ignore_index=9"),
+    "negative labels": ((IMAGE, MASK - 1), None, 3, r"-1 \(\d+ times\)"),
+    "a mask of floats for cross-entropy": (
+        (IMAGE, MASK.float()), None, 3, r"wants class numbers, .*float32. Pass integers"),
+    "a channel too many for cross-entropy": (
+        (IMAGE, MASK[:, None]), None, 3, r"labels of shape \(2, 8, 8\), .*squeeze\(1\)"),
+    "a mask of another size": ((IMAGE, MASK[:, :4]), None, 3, r"\(2, 8, 8\), but .* \(2, 4, 8\)"),
+    "(N,H,W) against (N,1,H,W) for BCE": (
+        (IMAGE, (MASK > 1).float()), BCE, 1, r"element by element, .*: target.unsqueeze"),
+    "classes for BCE": (
+        (IMAGE, MASK[:, None]), BCE, 1, r"outside the model's 2 classes 0..1: 2 \(\d+ times\)"),
+    "a dictionary without a mask": (
+        {"image": IMAGE, "truth": MASK}, None, 3, r"needs 'image' and 'mask' or 'label', but has"),
+    "three parts": ((IMAGE, MASK, MASK), None, 3, "tuple of 3; expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_a_bad_batch_is_named_and_nothing_is_lost(name):
+    batch, loss, classes, message = BAD_BATCHES[name]
+    trainer = make_trainer([batch], model=small_net(classes), loss=loss)
+    before = vector(trainer.model)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(1)
+    assert torch.equal(vector(trainer.model), before) and trainer.model.training
+    assert trainer.history == {} and trainer.global_step == 0
+    with pytest.raises(ValueError, match=message):
+        trainer.validate([batch])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((2, 4, 8, 8), np.float32), r"numpy array.* torch.from_numpy"),
+        (torch.zeros(2, 4, 8, 8, dtype=torch.uint8), r"torch.uint8 .* image.float\(\)"),
+        (torch.zeros(2, 4, 8, 8, dtype=torch.float64), r"torch.float64 .* image.float\(\)"),
+    ],
+)
+def test_images_of_the_wrong_type(image, message):
+    with pytest.raises(TypeError, match=message):
+        make_trainer([(image, torch.zeros(2, 8, 8, dtype=torch.int64))]).fit(1)
+
+
+def test_labels_that_start_at_one():
+    batches = [(image, mask.clamp(max=2) + 1) for image, mask in make_batches(2, nodata=0.0)]
+    with pytest.raises(ValueError, match="start at 1: subtract 1"):
+        make_trainer(batches).fit(1)
+
+
+def test_a_batch_of_labels_outside_the_classes_is_an_error_and_not_empty():
+    batches = [(image, torch.full_like(mask, 7)) for image, mask in make_batches(2)]
+    with pytest.raises(ValueError, match=r"7 \(128 times\)"):
+        make_trainer(batches, loss=nn.CrossEntropyLoss(torch.ones(3))).fit(1)
+
+
+def test_bands_that_do_not_fit_the_model():
+    trainer = make_trainer([(torch.rand(2, 6, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long))])
+    with pytest.raises(ValueError, match="image has 6 channels and the model takes 4"):
+        trainer.fit(1)
+
+
+def test_class_names_must_match():
+    with pytest.raises(ValueError, match="2 names, .* 3 classes"):
+        make_trainer(class_names=["a", "b"]).validate(make_batches())
+
+
+def test_a_bad_batch_of_validation_is_named():
+    image, mask = make_batches(1)[0]
+    named = {"image": image, "mask": mask + 7, "filename": ["a.tif", "b.tif"]}
+    trainer = make_trainer(val=[named])
+    where = r"batch index 0 of the validation loader \(filename a.tif, b.tif\)\."
+    for attempt in (trainer.validate, trainer.check):
+        with pytest.raises(ValueError, match=where):
+            attempt()
+
+
+def test_a_validation_loss_that_is_not_finite_is_explained():
+    trainer = make_trainer()
+    with pytest.warns(UserWarning, match=r"of 1 batch is not finite, at first at batch index 2"):
+        scores = trainer.validate(spoiled(2, count=4))
+    assert math.isnan(scores["val_loss"])
+    with pytest.raises(CheckpointError, match="best_path is None until"):
+        trainer.load_checkpoint(None)
+
+
+# Errors of others.
+
+
+def test_out_of_memory_says_what_to_halve():
+    class Full(nn.Conv2d):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    trainer = make_trainer(make_batches(2, size=8), model=Full(4, 3, 1), accumulation_steps=2)
+    advice = r"Tried to allocate.*\nHalve the loader's batch_size \(8 to 4\) .*\(2 to 4\)"
+    with pytest.raises(torch.OutOfMemoryError, match=advice):
+        trainer.fit(1)
+
+
+def test_a_killed_worker_is_explained():
+    class Deadly(Named):
+        def __getitem__(self, number):
+            if number == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(number)
+
+    trainer = make_trainer(DataLoader(Deadly(), 4, num_workers=1))
+    with pytest.raises(RuntimeError, match="worker .*\n?.*ended from outside"):
+        trainer.fit(1)
+
+
+def test_an_error_in_a_worker_keeps_its_traceback():
+    class Broken(Named):
+        def __getitem__(self, number):
+            raise KeyError("band B08")
+
+    trainer = make_trainer(DataLoader(Broken(), 4, num_workers=1))
+    with pytest.raises(KeyError, match="(?s)worker process 0.*__getitem__.*band B08"):
+        trainer.fit(1)
+
+
+def test_a_batch_norm_with_one_value_is_explained():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
+    model = nn.Sequential(model, nn.Upsample(scale_factor=8), nn.Conv2d(8, 3, 1))
+    trainer = make_trainer(DataLoader(Named(count=9), 4), model=model)
+    with pytest.raises(ValueError, match=r"more than 1 value.*\nA batch norm .*drop_last=True"):
+        trainer.fit(1)
+
+
+def test_the_reason_of_a_stop_is_one_line():
+    class Broken(Named):
+        def __getitem__(self, number):
+            raise OSError("the archive is gone")
+
+    trainer = make_trainer(DataLoader(Broken(), 4, num_workers=1))
+    with pytest.raises(OSError, match="Original Traceback"):
+        trainer.fit(1)
+    assert trainer.stop_reason == "OSError: Caught OSError in DataLoader worker process 0."
+
+
+# After an error the trainer can continue.
+
+
+def test_buffers_survive_an_error_before_the_first_step_of_a_fit():
+    trainer = make_trainer(callbacks=[At("on_batch_start", 2, boom), At("on_train_start", 2, boom)])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="boom"):
+            trainer.fit(1)
+    straight = make_trainer()
+    trainer.fit(1)
+    straight.fit(1)
+    assert same_state(trainer, straight)
+
+
+def test_a_loader_that_raised_is_not_taken_as_finished_silently():
+    class Failing:
+        def __iter__(self):
+            for number, batch in enumerate(make_batches(10)):
+                if number == 3:
+                    raise OSError("the disk is gone")
+                yield batch
+
+    trainer = make_trainer(Failing(), epochs=1)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.fit()
+    again = pytest.warns(UserWarning, match="error when it read batch 3 of epoch 1. That batch is")
+    with again, pytest.raises(OSError, match="the disk is gone"):
+        trainer.fit()
+    assert (trainer.epoch, trainer.batch) == (0, 3)
+
+    trainer = make_trainer(iter(Failing()), epochs=1)  # which cannot be read again
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.fit()
+    with pytest.warns(UserWarning, match="raised an error on the way, so epoch 1, of 3 batches"):
+        trainer.fit()
+
+
+def test_a_batch_that_could_not_be_unpacked_is_not_lost():
+    class Moody(Trainer):
+        moods = 0
+
+        def unpack(self, batch):
+            self.moods += 1
+            if self.moods == 4:
+                raise RuntimeError("boom")
+            return super().unpack(batch)
+
+    base, straight = make_trainer(), make_trainer()
+    trainer = Moody(base.model, base.optimizer, base.loss_fn, base.train_loader, config=base.config)
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer.fit(1)
+    trainer.fit(1)
+    straight.fit(1)
+    assert same_state(trainer, straight)

@@ -1,0 +1,124 @@
+"""14 · Hooks: in order, before and after the history is written, and to the end."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from small import HOOKS, At, boom, make_batches, make_trainer, raising, same_state, small_net
+from ununennium import Callback, CheckpointCallback
+
+
+class Diary(Callback):
+    def __init__(self):
+        self.entries = []
+        for hook in HOOKS:
+            setattr(self, hook, lambda trainer, *details, hook=hook: self.entries.append(hook))
+
+
+def test_hooks_are_called_in_order():
+    diary = Diary()
+    make_trainer(make_batches(2), make_batches(1), callbacks=[diary]).fit(1)
+    assert diary.entries == [
+        "on_train_start", "on_epoch_start", "on_batch_start", "on_batch_end", "on_safepoint",
+        "on_batch_start", "on_batch_end", "on_safepoint", "on_safepoint", "on_scores",
+        "on_epoch_end", "on_train_end",
+    ]  # fmt: skip
+
+
+class Fail(Callback):
+    """Raise in one hook."""
+
+    def __init__(self, hook, error):
+        self.error = error
+        setattr(self, hook, self.fail)
+
+    def fail(self, trainer, *details):
+        raise self.error
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("error", [RuntimeError("oops"), KeyboardInterrupt()])
+def test_every_callback_is_called_at_the_end(hook, error):
+    diary = Diary()
+    trainer = make_trainer(val=make_batches(1), callbacks=[Fail(hook, error), diary])
+    try:
+        trainer.fit(1)
+    except RuntimeError:
+        assert isinstance(error, RuntimeError)
+    except KeyboardInterrupt:
+        assert hook == "on_train_end"
+    if not (hook == "on_train_end" and isinstance(error, KeyboardInterrupt)):
+        assert diary.entries[-1] == "on_train_end"
+    if hook not in ("on_exception", "on_train_end"):
+        assert "on_exception" in diary.entries
+
+
+def test_a_callback_that_exits_does_not_keep_others_from_the_end():
+    ends = []
+
+    class Last(Callback):
+        def on_train_end(self, trainer):
+            ends.append(1)
+
+    with pytest.raises(SystemExit):
+        make_trainer(callbacks=[Fail("on_train_end", SystemExit(3)), Last()]).fit(1)
+    assert ends == [1]
+
+
+def test_logs_have_the_keys_of_the_history():
+    seen = {}
+
+    class Keys(Callback):
+        def on_scores(self, trainer, epoch, logs):
+            seen["scores"] = set(logs)
+
+        def on_epoch_end(self, trainer, epoch, logs):
+            seen["epoch"] = set(logs)
+
+    history = make_trainer(val=make_batches(1), callbacks=[Keys()]).fit(1)
+    assert seen["scores"] == seen["epoch"] == set(history)
+
+
+def test_an_error_in_a_callback_is_raised_and_the_epoch_counts():
+    trainer = make_trainer(callbacks=[At("on_scores", 1, raising(RuntimeError("oops")))])
+    with pytest.raises(RuntimeError, match="oops"):
+        trainer.fit(2)
+    assert trainer.epoch == 1 and len(trainer.history["train_loss"]) == 1
+
+
+def test_an_error_in_on_scores_does_not_cost_the_record_of_the_epoch(tmp_path):
+    callbacks = [CheckpointCallback(tmp_path, "train_loss"), At("on_scores", 1, boom)]
+    with pytest.raises(RuntimeError, match="boom"):
+        make_trainer(callbacks=callbacks).fit(2)
+    assert (tmp_path / "last.pt").exists()
+
+
+def shuffled(callbacks=(), own_generator=False):
+    generator = torch.Generator().manual_seed(3) if own_generator else None
+    data = make_batches(8)
+    return make_trainer(
+        DataLoader(data, batch_size=None, shuffle=True, generator=generator),
+        DataLoader(make_batches(2), batch_size=None, shuffle=True), seed=1, epochs=3,
+        model=nn.Sequential(nn.Dropout(0.3), small_net()), callbacks=callbacks,
+    )  # fmt: skip
+
+
+def test_validating_in_a_hook_changes_nothing():
+    straight = shuffled()
+    straight.fit()
+    watched = shuffled([At("on_batch_end", 4, lambda trainer: trainer.validate())])
+    watched.fit()
+    assert same_state(straight, watched)
+
+
+def test_a_display_that_fails_is_switched_off():
+    class Broken(Callback):
+        is_display = True
+
+        def on_batch_end(self, trainer, batch, logs):
+            raise OSError("the browser is gone")
+
+    with pytest.warns(UserWarning, match="Broken failed and is switched off") as caught:
+        make_trainer(callbacks=[Broken()]).fit(2)
+    assert len(caught) == 1

@@ -1,0 +1,55 @@
+"""A signal is handled in a block, and its old handler is put back."""
+
+import contextlib
+import signal
+import threading
+
+import pytest
+
+from ununennium.signals import signal_handled
+
+
+def test_the_handler_holds_for_the_block_and_no_longer():
+    seen, outer = [], lambda number, frame: seen.append("outer")
+    before = signal.signal(signal.SIGUSR1, outer)
+    try:
+        with signal_handled(signal.SIGUSR1, lambda number, frame: seen.append(number)):
+            signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1, "outer"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_handler_is_put_back_after_an_error():
+    before = signal.getsignal(signal.SIGUSR1)
+    with contextlib.suppress(ZeroDivisionError), signal_handled(signal.SIGUSR1, signal.SIG_IGN):
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "default"),
+    [(signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)],
+)
+def test_a_handler_that_python_did_not_install_becomes_the_default(monkeypatch, number, default):
+    """Python reports it as None, which cannot be installed again."""
+    installed = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: installed.append(handler))
+    with signal_handled(number, signal.SIG_IGN):
+        pass
+    assert installed == [signal.SIG_IGN, default]
+
+
+def test_other_threads_change_nothing():
+    before, during = signal.getsignal(signal.SIGUSR1), []
+
+    def work():
+        with signal_handled(signal.SIGUSR1, signal.SIG_IGN):
+            during.append(signal.getsignal(signal.SIGUSR1))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert during == [before]

@@ -1,0 +1,58 @@
+"""Settings are checked when they are written, and the message names the setting."""
+
+import math
+
+import numpy as np
+import pytest
+
+from ununennium import TrainerConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"epochs": -1}, ValueError, "epochs=-1 must be a whole number, 0 or more"),
+        ({"epochs": 1.0}, TypeError, "epochs=1.0"),
+        ({"accumulation_steps": 0}, ValueError, "accumulation_steps=0 must be .* 1 or more"),
+        ({"max_skipped_steps": 0}, ValueError, "max_skipped_steps=0 must be .* 1 or more"),
+        ({"seed": 2**32}, ValueError, "seed=4294967296 must be"),
+        ({"ignore_index": "none"}, TypeError, "ignore_index='none' must be a whole number"),
+        ({"gradient_clip": -0.5}, ValueError, "gradient_clip=-0.5 must be a number, 0 or more"),
+        ({"gradient_clip": math.nan}, ValueError, "gradient_clip=nan"),
+        ({"gradient_clip": True}, TypeError, "gradient_clip=True"),
+        ({"class_names": "abc"}, TypeError, "class_names='abc' must be a list"),
+        ({"class_names": ["a", "a"]}, ValueError, r"class_names=\['a', 'a'\] .* different"),
+        ({"mixed_precision": "bf16"}, TypeError, "mixed_precision='bf16' .* amp_dtype"),
+        ({"amp_dtype": "half"}, ValueError, r"amp_dtype='half' .* \['float16', 'bfloat16'\]"),
+        ({"scheduler_interval": "batch"}, ValueError, "scheduler_interval='batch' is not known"),
+        ({"progress": "loud"}, ValueError, "progress='loud' is not known"),
+    ],
+)
+def test_bad_settings_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        TrainerConfig(**settings)
+
+
+def test_integers_of_every_kind_become_int():
+    config = TrainerConfig(epochs=np.int64(3), seed=np.uint8(1), ignore_index=np.int32(-1))
+    for value in (config.epochs, config.seed, config.ignore_index):
+        assert type(value) is int
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 0}, {"gradient_clip": None}, {"gradient_clip": 0}, {"ignore_index": None},
+        {"ignore_index": "auto"}, {"class_names": ("a", "b")}, {"seed": 0}, {"seed": 2**32 - 1},
+    ],
+)  # fmt: skip
+def test_settings_at_the_limits_are_taken(settings):
+    config = TrainerConfig(**settings)
+    for name, value in settings.items():
+        assert getattr(config, name) == value
+
+
+def test_only_the_first_five_settings_may_be_positional():
+    assert TrainerConfig(5, "cpu", False, 2, None).accumulation_steps == 2
+    with pytest.raises(TypeError):
+        TrainerConfig(5, "cpu", False, 2, None, "float16")

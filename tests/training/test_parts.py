@@ -1,0 +1,97 @@
+"""Parts that cannot be trained together are refused one by one, before anything runs."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+from small import make_batches, small_net
+from ununennium import Callback, TrainerConfig
+from ununennium.training.messages import TrainingWarning
+from ununennium.training.parts import check_callbacks, check_loader, check_parts
+
+
+def make_parts(**changes):
+    model = small_net()
+    parts = {
+        "model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "loss_fn": nn.CrossEntropyLoss(), "train_loader": make_batches(1), "val_loader": None,
+        "scheduler": None, "callbacks": None, "config": None,
+    }  # fmt: skip
+    return parts | changes
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from make_batches(1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"loss_fn": lambda output, target: output.mean()}, {"val_loader": make_batches(1)},
+        {"callbacks": (Callback(),)}, {"config": TrainerConfig()}, {"train_loader": Stream()},
+        {"train_loader": iter(make_batches(1))},
+    ],
+)  # fmt: skip
+def test_good_parts_pass_in_silence(changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_parts(**make_parts(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": len}, TypeError, "model is a builtin_function_or_method; pass a torch.nn"),
+        ({"optimizer": 0.1}, TypeError, "optimizer is a float"),
+        ({"loss_fn": nn.CrossEntropyLoss}, TypeError, r"pass an instance: CrossEntropyLoss\(\)"),
+        ({"loss_fn": None}, TypeError, "loss_fn is a NoneType; pass a function"),
+        ({"train_loader": None}, TypeError, "train_loader is a NoneType, which gives no batches"),
+        ({"val_loader": 5}, TypeError, "val_loader is a int"),
+        ({"scheduler": TrainerConfig()}, TypeError, "TrainerConfig, which has no step.*config="),
+        ({"config": {}}, TypeError, r"config is a dict; pass TrainerConfig\(epochs=...\)"),
+        ({"callbacks": Callback()}, TypeError, r"callbacks is a Callback; pass a list"),
+    ],
+)
+def test_bad_parts_are_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        check_parts(**make_parts(**changes))
+
+
+def test_a_data_set_is_no_loader_and_an_empty_one_is_named():
+    with pytest.raises(TypeError, match="val_loader is a data set, TensorDataset, .* DataLoader"):
+        check_loader("val_loader", TensorDataset(torch.zeros(3)))
+    with pytest.raises(ValueError, match="val_loader is empty: its length is 0.*drop_last=True"):
+        check_loader("val_loader", [])
+
+
+def test_parameters_that_the_optimizer_lacks_are_named_unless_frozen():
+    model = small_net()
+    optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
+    with pytest.warns(TrainingWarning, match=r"not hold 4 of .* such as 1.weight"):
+        check_parts(**make_parts(model=model, optimizer=optimizer))
+    for part in model[1:]:
+        part.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_parts(**make_parts(model=model, optimizer=optimizer))
+
+
+def test_a_callback_needs_one_hook_and_no_base_class():
+    check_callbacks([type("Own", (), {"on_batch_end": print})()])
+    with pytest.raises(TypeError, match="5 among the callbacks has none of the hooks: on_train_s"):
+        check_callbacks([5])
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for size in (1, 2):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda size=size: size)
+        if size == 1:
+            check_parts(**make_parts())
+        else:
+            with pytest.raises(NotImplementedError, match="trains in one process"):
+                check_parts(**make_parts())

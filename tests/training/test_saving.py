@@ -1,0 +1,131 @@
+"""A run to a file and back: part by part, as a whole or not at all."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from small import At, assert_same, make_trainer, outcome, small_net, stop
+from ununennium import CheckpointError, EarlyStopping
+from ununennium.training.checkpoint import copy_to_host, load_file, save_file
+from ununennium.training.saving import (
+    PARTS,
+    Part,
+    load_run_state,
+    position_text,
+    resume,
+    run_state,
+    take_over,
+)
+
+KEYS = {
+    "format", "model", "optimizer", "optimizer_built", "scheduler", "scaler", "callbacks",
+    "progress", "skips", "open", "workers", "random",
+}  # fmt: skip
+
+
+def make_run(seed=0, stops=True):
+    """A trainer, stopped in the middle of its second epoch."""
+    callbacks = [EarlyStopping("train_loss", 9), At("on_batch_end", 8, stop)][: 1 + stops]
+    return make_trainer(
+        model=small_net(seed=seed), epochs=3, callbacks=callbacks,
+        scheduler=lambda o: lr_scheduler.StepLR(o, 1, 0.5),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def stopped():
+    trainer = make_run()
+    trainer.fit()
+    assert (trainer.epoch, trainer.batch) == (1, 2)
+    return trainer
+
+
+def test_the_keys_of_a_file_stay_what_they_are(stopped):
+    """A later version has to read them, whatever the names in the code become."""
+    assert run_state(stopped.run).keys() == KEYS and {"format", *PARTS} == KEYS
+    assert run_state(stopped.run)["format"] == 2
+
+
+def test_every_part_comes_back(stopped):
+    other = make_run(seed=5, stops=False)
+    load_run_state(other.run, copy_to_host(run_state(stopped.run)))
+    assert position_text(other.run) == "batch 2 of epoch 2, step 8"
+    assert other.callbacks[0].best == stopped.callbacks[0].best
+    outcomes = []
+    for trainer in (stopped, other):
+        trainer.fit()
+        outcomes.append(outcome(trainer))
+    assert_same(*outcomes)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_fails_leaves_the_whole_run_as_it_was(monkeypatch, stopped, tmp_path, name):
+    """Wherever loading breaks off: the parts before it are put back."""
+    saved = load_file(make_run(seed=3).save_checkpoint(tmp_path / "a.pt"))
+    twin, good = copy.deepcopy(copy_to_host(run_state(stopped.run))), PARTS[name]
+    calls = []
+
+    def fail_once(run, saved):
+        calls.append(name)
+        if len(calls) == 1:
+            raise ValueError("it is broken")
+        good.restore(run, saved)
+
+    monkeypatch.setitem(PARTS, name, Part(good.read, fail_once))
+    position, epoch = stopped.run.open.position, stopped.run.open
+    with pytest.raises(CheckpointError, match="does not fit this trainer .it is broken"):
+        take_over(stopped.run, saved, "a.pt")
+    assert len(calls) == 2 and stopped.stop_reason == "enough"
+    assert stopped.run.open is epoch and epoch.position is position
+    assert_same(copy_to_host(run_state(stopped.run)), twin)
+
+
+def test_a_run_that_is_training_takes_nothing_over(stopped):
+    stopped.run.is_running = True
+    with pytest.raises(RuntimeError, match=r"cannot be loaded while fit\(\) runs"):
+        take_over(stopped.run, run_state(stopped.run), "a.pt")
+
+
+def test_files_that_lack_a_part_or_have_another_format_are_refused(stopped):
+    state = run_state(stopped.run) | {"checksum": 0}
+    for change, message in (
+        ({name: part for name, part in state.items() if name != "skips"}, "it lacks skips"),
+        (state | {"format": 3}, "has format 3, and this version reads format 2"),
+        (state | {"format": torch.zeros(2)}, "reads format 2"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            take_over(stopped.run, change, "a.pt")
+
+
+def test_callbacks_find_their_memory_by_type_and_order(stopped):
+    first, second = EarlyStopping("train_loss", 3), EarlyStopping("train_loss", 4)
+    one, two = EarlyStopping("train_loss", 3), EarlyStopping("train_loss", 4)
+    first.best, second.best = 0.1, 0.2
+    old = make_trainer(callbacks=[first, second])
+    new = make_trainer(callbacks=[At("on_batch_end", 1, stop), one, two])
+    load_run_state(new.run, copy_to_host(run_state(old.run)))
+    assert (one.best, two.best) == (0.1, 0.2)
+
+
+def test_resume_announces_what_it_found(stopped, tmp_path):
+    said, trainer = [], make_run(stops=False)
+    assert resume(trainer.run, tmp_path, said.append) is None
+    path = save_file(run_state(stopped.run), tmp_path / "a.pt")
+    assert resume(trainer.run, tmp_path, said.append) == path
+    assert said == [
+        f"No checkpoint in {tmp_path}; starting from scratch.",
+        f"Resuming from {path} (batch 2 of epoch 2, step 8).",
+    ]
+
+
+def test_the_last_file_wins_if_it_is_further_on(tmp_path):
+    """A copy made later has a later date, and less progress."""
+    trainer = make_run(stops=False)
+    trainer.fit(2)
+    last = trainer.save_checkpoint(tmp_path / "last.pt")
+    early = make_run(stops=False)
+    early.fit(1)
+    early.save_checkpoint(tmp_path / "copy.pt")
+    assert resume(make_run().run, tmp_path, print) == last
