@@ -255,7 +255,7 @@ def test_a_bad_batch_of_validation_is_named():
 
 def test_a_validation_loss_that_is_not_finite_is_explained():
     trainer = make_trainer()
-    with pytest.warns(UserWarning, match=r"of 1 batch is not finite, at first at batch index 2"):
+    with pytest.warns(UserWarning, match=r"of 1 batch is not finite, first at batch index 2"):
         scores = trainer.validate(spoiled(2, count=4))
     assert math.isnan(scores["val_loss"])
     with pytest.raises(CheckpointError, match="best_path is None until"):

@@ -91,7 +91,7 @@ def test_losses_that_are_not_finite_are_counted_in_one_warning():
     batches = make_batches(4)
     for number in (1, 3):
         batches[number][0][:] = math.nan
-    with pytest.warns(TrainingWarning, match="of 2 batches .* at first at batch index 1") as caught:
+    with pytest.warns(TrainingWarning, match="of 2 batches .* first at batch index 1") as caught:
         make_evaluator().score(batches)
     assert len(caught) == 1
 
