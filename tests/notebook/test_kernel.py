@@ -212,7 +212,7 @@ def test_what_a_handler_prints_appears_in_the_cell(kernel):
     assert kernel.output(cell).strip() == "clicked"
 
 
-def test_a_handler_that_fails_shows_its_error_and_disturbs_nobody(kernel):
+def test_a_handler_that_fails_shows_its_error_and_disturbs_nothing_else(kernel):
     kernel.run("bad = ipywidgets.Button(); bad.on_click(lambda b: 1 / 0)")
     comm_id = kernel.run("print(bad.comm.comm_id)").strip()
     cell = kernel.start("seen.clear(); work(5, until=lambda: seen); print(len(seen))")
@@ -222,7 +222,7 @@ def test_a_handler_that_fails_shows_its_error_and_disturbs_nobody(kernel):
     assert kernel.output(cell, errors=["ZeroDivisionError"]).strip() == "1"
 
 
-def test_a_page_that_is_loaded_anew_gets_its_widgets(kernel):
+def test_a_page_that_is_loaded_again_gets_its_widgets(kernel):
     """What widget managers ask: the state of all widgets, or a list of them."""
     cell = kernel.start("seen.clear(); work(8, until=lambda: seen); print(len(seen))")
     time.sleep(0.3)

@@ -184,6 +184,7 @@ def test_an_interrupt_of_a_script_reaches_its_workers_too():
         sys.path.insert(0, "tests")
         import torch
         from small import make_batches, make_trainer
+        torch.set_num_threads(1)  # more would wait for each other on a busy machine
         data = make_batches(40)
         loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2)
         trainer = make_trainer(loader)
@@ -222,6 +223,7 @@ def test_workers_survive_two_interrupts(method, tmp_path):
                     os.killpg(0, signal.SIGINT)
 
         if __name__ == "__main__":
+            torch.set_num_threads(1)
             options = {{"num_workers": 2, "multiprocessing_context": {method!r}}}
             loader = torch.utils.data.DataLoader(make_batches(12), batch_size=None, **options)
             trainer = make_trainer(loader, epochs=3, callbacks=[Interrupt()])

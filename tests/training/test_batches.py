@@ -24,7 +24,6 @@ from ununennium.training.batches import (
     to_device,
     unpack,
 )
-from ununennium.training.finite import bad_rows
 
 IMAGE, MASK = torch.zeros(3, 4, 2, 2), torch.zeros(3, 2, 2, dtype=torch.int64)
 Pair = collections.namedtuple("Pair", ["first", "second"])
@@ -379,15 +378,3 @@ def test_waiting_is_measured(monkeypatch):
     assert windows.waited == 10.0
     windows.read()
     assert windows.waited == 12.0
-
-
-# Rows that are not finite.
-
-
-def test_bad_rows():
-    image = torch.zeros(4, 2, 3)
-    image[1, 0, 2], image[3, 1, 0] = math.nan, -math.inf
-    assert bad_rows(image) == [1, 3] and bad_rows(torch.zeros(4, 2)) == []
-    for other in (None, "a", MASK, torch.tensor(math.nan), torch.tensor([math.nan])):
-        assert bad_rows(other) == []
-    assert bad_rows(torch.zeros(2, 2, device="meta")) == []

@@ -16,7 +16,7 @@ from ununennium.training.checkpoint import load_file
 # Early stopping.
 
 
-def test_nan_first_is_no_reference():
+def test_a_first_score_of_nan_is_no_reference():
     stopping = EarlyStopping("val_loss", patience=2)
     trainer = make_trainer(val=make_batches(1))
     stopping.on_train_start(trainer)
@@ -64,7 +64,7 @@ class Scores:
                                     "epoch=003-val_IoU=0.1000.pt"]),
     ],
 )  # fmt: skip
-def test_top_k(tmp_path, top_k, scores, expected):
+def test_the_best_files_are_kept(tmp_path, top_k, scores, expected):
     callback = CheckpointCallback(tmp_path, "val_IoU", "max", save_top_k=top_k)
     Scores(callback, scores)
     assert kept(tmp_path) == sorted([*expected, "last.pt", "previous.pt"])
@@ -86,7 +86,7 @@ def test_another_run_in_the_same_folder_deletes_and_overwrites_nothing(tmp_path)
     ]  # fmt: skip
 
 
-def test_new_before_old(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_earlier_files_alone(tmp_path, monkeypatch):
     """When writing fails, earlier files stay, and training continues with one warning per epoch."""
     callback = CheckpointCallback(tmp_path, "val_IoU", "max")
     trainer = Scores(callback, [0.5])

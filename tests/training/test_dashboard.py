@@ -384,7 +384,7 @@ def test_a_pace_spends_its_share():
 # Which display, where.
 
 
-def test_headless_runs_need_no_widgets(monkeypatch):
+def test_a_run_without_a_page_needs_no_widgets(monkeypatch):
     assert not has_front_end()
     assert type(default_display("auto")).__name__ in ("BarProgress", "TextProgress")
     assert default_display("none") is None

@@ -107,3 +107,18 @@ def test_bad_rows_are_those_with_a_bad_number(bad, seed):
 )
 def test_bad_rows_of_anything_else_are_none(value):
     assert bad_rows(value) == []
+
+
+def test_bad_rows_by_example():
+    image = torch.zeros(4, 2, 3)
+    image[1, 0, 2], image[3, 1, 0] = math.nan, -math.inf
+    assert bad_rows(image) == [1, 3] and bad_rows(torch.zeros(4, 2)) == []
+    for other in (
+        None,
+        "a",
+        torch.zeros(2, 8, 8, dtype=torch.long),
+        torch.tensor(math.nan),
+        torch.tensor([math.nan]),
+    ):
+        assert bad_rows(other) == []
+    assert bad_rows(torch.zeros(2, 2, device="meta")) == []

@@ -12,7 +12,7 @@ from ununennium.training.monitor import Monitor, direction_of
     [("val_loss", "min"), ("val_IoU/water", "max"), ("lr", None), ("val_accuracy_loss", None),
      ("val_dice", None), ("val_priority", None)],
 )  # fmt: skip
-def test_well_known_names(name, way):
+def test_well_known_names_have_a_direction(name, way):
     assert direction_of(name) == way
 
 
@@ -21,12 +21,12 @@ def test_well_known_names(name, way):
     [("0.1", TypeError), (True, TypeError), (None, TypeError), (-1, ValueError),
      (math.nan, ValueError), (math.inf, ValueError)],
 )  # fmt: skip
-def test_tolerances_that_mean_nothing(value, error):
+def test_bad_tolerances_are_refused(value, error):
     with pytest.raises(error, match=r"Owner\(min_delta=.* must be a number, 0 or more"):
         Monitor("val_loss", "min", value, owner="Owner")
 
 
-def test_comparisons():
+def test_better_is_strictly_better_and_never_nan():
     more, less = Monitor("val_IoU", "max"), Monitor("val_loss", "min", min_delta=0.1)
     assert more.is_better(0.0, None) and more.is_better(0.1, 0.0)
     assert not more.is_better(0.5, 0.5) and not more.is_better(math.nan, None)

@@ -36,7 +36,7 @@ class Stream(IterableDataset):
         yield from make_batches(4)
 
 
-def test_loaders_without_a_length():
+def test_a_bar_takes_loaders_without_a_length():
     stream = DataLoader(Stream(), batch_size=None)
     cycle = lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=8)
     for loader in (stream, iter(make_batches(3))):
@@ -52,7 +52,7 @@ def test_a_headless_run_shows_progress_as_text():
     assert default_display("none") is None
 
 
-def test_a_dashboard_of_the_users_is_not_doubled(front_end):
+def test_a_dashboard_that_you_pass_is_not_doubled(front_end):
     trainer = make_trainer(make_batches(2), callbacks=[Dashboard()], progress="auto")
     assert sum(getattr(callback, "is_display", False) for callback in trainer.callbacks) == 1
     assert type(default_display("auto")) is Dashboard
@@ -68,12 +68,12 @@ def test_missing_libraries_are_named(front_end, monkeypatch):
         default_display("dashboard")
 
 
-def test_a_dashboard_where_there_is_no_kernel():
+def test_a_dashboard_needs_a_kernel():
     with pytest.raises(ValueError, match="needs a Jupyter kernel"):
         make_trainer(make_batches(2), progress="dashboard")
 
 
-def test_one_dashboard_is_enough():
+def test_two_dashboards_are_refused():
     with pytest.raises(ValueError, match="2 dashboards"):
         make_trainer(make_batches(1), callbacks=[Dashboard(), Dashboard()])
 
