@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 ALONE := tests/kernels tests/notebook tests/browser
 SETTINGS := settings.ini pyproject.toml setup.py constraints.txt
 
-.PHONY: demo lab test check export notebooks format clean
+.PHONY: demo lab test check golden export notebooks clean
 
 demo: $(VENV)/.notebook
 	$(BIN)/python tools/demo.py
@@ -32,6 +32,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The referee: 49 small runs, compared bit by bit with the last commit.
+golden: $(VENV)/.dev
+	$(BIN)/python tools/golden.py --against HEAD
 
 export: $(VENV)/.dev
 	$(BIN)/ruff format nbs tests tools benchmarks
