@@ -1,6 +1,8 @@
 # make demo   run the quick start; write an executed notebook and an HTML page
 # make lab    open the quick start in JupyterLab
 # make test   run everything that CI runs
+# make check  lint, format and types, in seconds
+# make golden compare 49 runs with those of the last commit, bit by bit
 # make export write the package and the README from the notebooks
 
 PYTHON ?= python3
