@@ -106,7 +106,7 @@ def restore_random(run: Run, saved: dict[str, Any]) -> None:
         set_random_state(saved["random"])
     run.random = saved["random"]
 
-# %% ../../nbs/training/75_saving.ipynb #saving-023
+# %% ../../nbs/training/75_saving.ipynb #saving-022
 FORMAT = 2
 PARTS = {
     "model": Part(
@@ -135,7 +135,7 @@ PARTS = {
     "random": Part(lambda run: run.random or random_state(*random_owners(run)), restore_random),
 }
 
-# %% ../../nbs/training/75_saving.ipynb #saving-024
+# %% ../../nbs/training/75_saving.ipynb #saving-023
 def run_state(run: Run) -> dict[str, Any]:
     """Return everything that a run needs to continue elsewhere, in the form of a checkpoint."""
     return {"format": FORMAT} | {name: part.read(run) for name, part in PARTS.items()}
@@ -146,7 +146,7 @@ def load_run_state(run: Run, saved: dict[str, Any]) -> None:
     for part in PARTS.values():
         part.restore(run, saved)
 
-# %% ../../nbs/training/75_saving.ipynb #saving-027
+# %% ../../nbs/training/75_saving.ipynb #saving-026
 def check_format(saved: dict[str, Any], path: str | Path) -> None:
     """Raise a `CheckpointError` if a file was written by another program or a later version."""
     if missing := sorted({"format", "checksum", *PARTS} - saved.keys()):
@@ -161,7 +161,7 @@ def check_format(saved: dict[str, Any], path: str | Path) -> None:
             "was loaded. Use the version that wrote it."
         )
 
-# %% ../../nbs/training/75_saving.ipynb #saving-030
+# %% ../../nbs/training/75_saving.ipynb #saving-029
 def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a state whose callbacks know that their folder is where the file is."""
 
@@ -173,7 +173,7 @@ def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
 
     return saved | {"callbacks": [[kind, here(memory)] for kind, memory in saved["callbacks"]]}
 
-# %% ../../nbs/training/75_saving.ipynb #saving-033
+# %% ../../nbs/training/75_saving.ipynb #saving-032
 def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
     """Restore a run from a loaded file; if anything fails, leave it as it was.
 
@@ -204,7 +204,7 @@ def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
             "the model, optimizer and scheduler of the run that wrote the file."
         ) from error
 
-# %% ../../nbs/training/75_saving.ipynb #saving-038
+# %% ../../nbs/training/75_saving.ipynb #saving-037
 def most_advanced(path: Path, saved: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Return a file, or the `last.pt` beside it if that one is further ahead."""
 
@@ -227,7 +227,7 @@ def position_text(run: Run) -> str:
     where = f"batch {run.batch} of epoch {number + 1}" if run.batch else f"after epoch {number}"
     return f"{where}, step {run.global_step}"
 
-# %% ../../nbs/training/75_saving.ipynb #saving-041
+# %% ../../nbs/training/75_saving.ipynb #saving-040
 def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Path | None:
     """Restore a run from the newest intact checkpoint in a folder; see `Trainer.resume`.
 
