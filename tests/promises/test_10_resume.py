@@ -330,7 +330,7 @@ def test_an_error_of_the_data_set_costs_no_sample(tmp_path, accumulation, throug
         if through_a_file:
             trainer = make(data, folder)
             trainer.resume(folder)
-        with pytest.warns(UserWarning, match="That batch is read again") as caught:
+        with pytest.warns(UserWarning, match="What followed is read again") as caught:
             trainer.fit(1 - trainer.epoch)
         assert [str(w.message) for w in caught if "may lack" in str(w.message)] == []
         for a, b in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):

@@ -342,7 +342,9 @@ def test_a_loader_that_raised_is_not_taken_as_finished_silently():
     trainer = make_trainer(Failing(), epochs=1)
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.fit()
-    again = pytest.warns(UserWarning, match="error when it read batch 3 of epoch 1. That batch is")
+    again = pytest.warns(
+        UserWarning, match="an error in epoch 1, after 3 batches. What followed is read again"
+    )
     with again, pytest.raises(OSError, match="the disk is gone"):
         trainer.fit()
     assert (trainer.epoch, trainer.batch) == (0, 3)

@@ -291,3 +291,22 @@ def test_a_copy_that_fails_leaves_last_where_it_is(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
     assert load_file(tmp_path / "last.pt")["progress"]["epoch"] == 3
     assert trainer.callbacks[0].best_path is None
+
+
+def test_intervals_read_the_step_count_only_when_they_may_have_passed(tmp_path):
+    class Counted:
+        reads, epoch, batch, val_loader = 0, 1, 0, None
+
+        @property
+        def global_step(self):
+            self.reads += 1
+            return self.reads
+
+    keep = CheckpointCallback(tmp_path, "train_loss", every_n_steps=1000, every_minutes=60)
+    trainer = Counted()
+    keep.on_train_start(trainer)
+    trainer.reads = 0
+    for _ in range(900):
+        keep.on_safepoint(trainer, "train")
+        keep.on_safepoint(trainer, "validate")
+    assert trainer.reads == 0

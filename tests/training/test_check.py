@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from small import AtStep, Named, make_batches, make_trainer, same_history, same_state, small_net
-from ununennium import CheckpointCallback, EarlyStopping, MaskedLoss
+from ununennium import CheckpointCallback, EarlyStopping, Loop, MaskedLoss, Trainer
 
 # Nothing changes.
 
@@ -157,3 +157,22 @@ def test_a_frozen_model_is_refused_as_in_a_fit():
     for attempt in (trainer.check, lambda: trainer.fit(1)):
         with pytest.raises(ValueError, match="does not depend on the model's parameters"):
             attempt()
+
+
+def test_a_loop_of_ones_own_is_mentioned_and_its_parts_are_known(capsys):
+    class Mine(Trainer):
+        class loop_class(Loop):
+            def losses(self, batch):
+                return super().losses(batch)
+
+    def parts(output, target):
+        loss = nn.functional.cross_entropy(output, target, ignore_index=255)
+        return {"loss": loss, "fit": loss}
+
+    base = make_trainer()
+    keep = CheckpointCallback("unused", "train_fit", "min")
+    trainer = Mine(
+        base.model, base.optimizer, parts, base.train_loader, callbacks=[keep], config=base.config
+    )
+    assert trainer.check() == []
+    assert "loop_class has its own losses, which this check does not run" in capsys.readouterr().out

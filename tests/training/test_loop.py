@@ -229,3 +229,32 @@ def test_a_loop_of_your_own_resumes_exactly(tmp_path):
     resumed.load_checkpoint(stopped.save_checkpoint(tmp_path / "a.pt"))
     resumed.fit()
     assert same_state(straight, resumed)
+
+
+def test_a_window_that_stays_open_is_an_error_and_not_an_endless_loop():
+    class Forgetful(Loop):
+        def update(self, window, epoch):
+            return {}
+
+    trainer = make_trainer()
+    type(trainer).loop_class, before = Forgetful, Loop
+    try:
+        with pytest.raises(RuntimeError, match="its window is still open"):
+            trainer.fit(1)
+    finally:
+        type(trainer).loop_class = before
+
+
+def test_losses_of_a_loop_are_minimised_and_recorded():
+    class Two(Loop):
+        def losses(self, batch):
+            losses = super().losses(batch)
+            return losses | {"loss": 2 * losses["loss"], "half": losses["loss"]}
+
+    class Mine(Trainer):
+        loop_class = Two
+
+    plain = make_trainer()
+    parts = (plain.model, plain.optimizer, plain.loss_fn, plain.train_loader)
+    history = Mine(*parts, config=plain.config).fit(1)
+    assert history["train_loss"][0] == pytest.approx(2 * history["train_half"][0])

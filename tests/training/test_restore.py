@@ -12,6 +12,7 @@ from ununennium import CheckpointError, Trainer
 from ununennium.training.restore import (
     check_tensors,
     group_settings,
+    keep_changes,
     load_model,
     load_optimizer,
     load_scheduler,
@@ -148,3 +149,9 @@ def test_a_scheduler_of_another_library_is_loaded_whole():
     scheduler = Own()
     load_scheduler(scheduler, {"anything": 1})
     assert scheduler.state == {"anything": 1}
+
+
+def test_a_learning_rate_that_was_zero_takes_the_new_one():
+    group, then, now = {"lr": 0.0}, {"lr": 0.0}, {"lr": 0.1}
+    keep_changes(group, then, now)
+    assert group["lr"] == 0.1

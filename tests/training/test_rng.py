@@ -11,6 +11,7 @@ import torch
 from ununennium.training.checkpoint import load_file, save_file
 from ununennium.training.rng import (
     generators_in,
+    parts_of,
     random_state,
     random_state_kept,
     seed_all,
@@ -113,3 +114,12 @@ def test_random_states_are_kept_even_if_the_block_fails():
         own.random()
         raise ZeroDivisionError
     assert draw_globally() == expected and own.getstate() == state
+
+
+def test_a_subclass_of_list_is_not_iterated():
+    class Strange(list):
+        def __iter__(self):
+            raise AssertionError("this may read a whole data set")
+
+    own = random.Random(0)
+    assert parts_of(Strange([own])) == [own]

@@ -7,11 +7,12 @@ import torch
 from torch.optim import lr_scheduler
 
 from small import At, assert_same, make_trainer, outcome, small_net, stop
-from ununennium import CheckpointError, EarlyStopping
+from ununennium import Callback, CheckpointError, EarlyStopping, TrainingWarning
 from ununennium.training.checkpoint import copy_to_host, load_file, save_file
 from ununennium.training.saving import (
     PARTS,
     Part,
+    load_callback,
     load_run_state,
     position_text,
     resume,
@@ -129,3 +130,40 @@ def test_the_last_file_wins_if_it_is_further_on(tmp_path):
     early.fit(1)
     early.save_checkpoint(tmp_path / "copy.pt")
     assert resume(make_run().run, tmp_path, print) == last
+
+
+class Remembering(Callback):
+    """A callback with a memory."""
+
+    def __init__(self):
+        self.memory = {"steps": 3}
+
+    def state_dict(self):
+        return dict(self.memory)
+
+    def load_state_dict(self, state):
+        self.memory["steps"] = state["steps"]
+
+
+class Picky(Remembering):
+    """A callback that refuses a file."""
+
+    def load_state_dict(self, state):
+        raise ValueError("3 is too many")
+
+
+def test_a_memory_that_was_not_restored_is_reported(tmp_path):
+    path = make_trainer(callbacks=[Remembering()]).save_checkpoint(tmp_path / "a.pt")
+    with pytest.warns(TrainingWarning, match="Remembering was not restored.*no callback"):
+        make_trainer().load_checkpoint(path)
+    path = make_trainer(callbacks=[EarlyStopping("train_loss")]).save_checkpoint(path)
+    with pytest.warns(TrainingWarning, match="Remembering was not restored: the file has no") as c:
+        make_trainer(callbacks=[Remembering()]).load_checkpoint(path)
+    assert len(c) == 1  # and none about early stopping, which may be left out on purpose
+
+
+def test_a_callback_that_refuses_a_file_is_named(tmp_path):
+    path = make_trainer(callbacks=[Picky()]).save_checkpoint(tmp_path / "a.pt")
+    other = make_trainer(callbacks=[Picky()])
+    with pytest.raises(ValueError, match="state of the callback Picky"):
+        load_callback(other.callbacks[0], load_file(path)["callbacks"][0][1])

@@ -105,3 +105,14 @@ def test_a_target_that_does_not_fit_is_refused():
     task = make_task(class_names=["a", "b"])
     with pytest.raises(ValueError, match="class_names has 2 names, but the model has 3 classes"):
         task.forward(task.prepare((image, mask), 0))
+
+
+def test_a_loss_that_cannot_take_a_dictionary_says_what_it_gets():
+    class Dictionary(nn.Conv2d):
+        def forward(self, image):
+            return {"out": super().forward(image)}
+
+    task = Task(Dictionary(4, 3, 1), nn.CrossEntropyLoss(), TrainerConfig(device="cpu"))
+    batch = task.prepare((torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 8).long()), 0)
+    with pytest.raises(TypeError, match="gets the whole output of the model, a dict"):
+        task.forward(batch)

@@ -216,7 +216,7 @@ class CheckpointFiles:
         self.folder = folder
         self.own, self.warned = OwnFiles([]), False
         self.position: tuple[int, int, int] | None = None  # of the last save, unless it failed
-        self.saved_step, self.saved_at = 0, 0.0
+        self.saved_step, self.saved_at, self.windows = 0, 0.0, 0  # windows: since the last save
         self.saving: tuple[Future[Path], PendingSave] | None = None
 
     def start(self, trainer: RunView) -> None:
@@ -229,7 +229,7 @@ class CheckpointFiles:
     def note_position(self, trainer: RunView) -> None:
         """Remember the run's position and the time, as those of the last save."""
         self.position = position_of(trainer)
-        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        self.saved_step, self.saved_at, self.windows = trainer.global_step, time.monotonic(), 0
 
     def present(self) -> Kept:
         """Return the models kept whose files are still there."""
@@ -380,8 +380,11 @@ class CheckpointCallback(Callback):
 
     def on_safepoint(self, trainer: RunView, phase: str) -> None:
         """Write `last.pt` if an interval has passed."""
-        steps = trainer.global_step - self.files.saved_step
+        self.files.windows += phase == "train"
         seconds = time.monotonic() - self.files.saved_at
+        if self.files.windows < self.every_n_steps and seconds < self.every_seconds:
+            return  # without reading the step count, for which the host may wait for the device
+        steps = trainer.global_step - self.files.saved_step
         if steps > 0 and (steps >= self.every_n_steps or seconds >= self.every_seconds):
             self.files.save(trainer, f"after step {trainer.global_step}")
 

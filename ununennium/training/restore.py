@@ -97,8 +97,8 @@ def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 # %% ../../nbs/training/22_restore.ipynb #restore-030
 def keep_changes(group: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> None:
     """Apply to a restored group what differs between its settings as built, then and now."""
-    rate = group["lr"]
-    group["lr"] = rate if then["lr"] == now["lr"] else rate * now["lr"] / then["lr"]
+    if then["lr"] != now["lr"]:
+        group["lr"] = group["lr"] * now["lr"] / then["lr"] if then["lr"] else now["lr"]
     for name, value in now.items():
         if name != "lr" and (name not in then or then[name] != value):
             group[name] = value

@@ -27,10 +27,12 @@ NOT_SEARCHED = (Tensor, np.ndarray, type, ModuleType, str, bytes, int, float, co
 # %% ../../nbs/training/14_rng.ipynb #rng-007
 def parts_of(value: Any) -> list[Any]:
     """Return what an object holds: items, attributes, or what a partial or a method is bound to."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return list(value) if len(value) <= 100 else []
     if isinstance(value, dict):
-        return list(value.values()) if len(value) <= 100 else []
+        return list(dict.values(value)) if dict.__len__(value) <= 100 else []
+    kinds: tuple[Any, ...] = (list, tuple, set, frozenset)
+    for kind in kinds:
+        if isinstance(value, kind):  # read as such: a subclass may have an iterator of its own
+            return list(kind.__iter__(value)) if kind.__len__(value) <= 100 else []
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     slots = (getattr(value, name, None) for name in getattr(type(value), "__slots__", ()))

@@ -173,8 +173,8 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
         batches, epoch = loader.resume(run.open.position), run.open
         if epoch.is_broken:
             warn(
-                f"train_loader raised an error when it read batch {epoch.batches} of epoch "
-                f"{number + 1}. That batch is read again; if it draws random numbers, they will "
+                f"train_loader raised an error in epoch {number + 1}, after {epoch.batches} "
+                "batches. What followed is read again; if that draws random numbers, they will "
                 "differ."
             )
             epoch.is_broken = False

@@ -14,7 +14,7 @@ from typing import Any
 from .checkpoint import CheckpointError, copy_to_host, finish_writing
 from .checkpoint import load_file, newest_first, save_file
 from .epoch import epoch_state, load_epoch
-from .messages import warn
+from .messages import add_hint, warn
 from .restore import check_tensors, group_settings, load_model
 from .restore import load_optimizer, load_scheduler, model_state
 from .rng import random_state, random_state_kept, set_random_state
@@ -84,10 +84,32 @@ def restore_callbacks(run: Run, saved: dict[str, Any]) -> None:
     for callback in run.callbacks:
         entry = next((entry for entry in left if entry[0] == type(callback).__name__), None)
         if entry is not None and hasattr(callback, "load_state_dict"):
-            callback.load_state_dict(entry[1])
+            load_callback(callback, entry[1])
             left.remove(entry)
+        elif entry is None and hasattr(callback, "load_state_dict"):
+            warn_of_memory(type(callback).__name__, "the file has no state for it")
+    for name, _ in left:
+        warn_of_memory(name, "the file has its state, and no callback of this trainer took it")
 
-# %% ../../nbs/training/75_saving.ipynb #saving-019
+
+def load_callback(callback: Any, state: Any) -> None:
+    """Restore a callback; name it in the error if it refuses."""
+    try:
+        callback.load_state_dict(state)
+    except Exception as error:
+        add_hint(error, f"This is the state of the callback {type(callback).__name__}.")
+        raise
+
+# %% ../../nbs/training/75_saving.ipynb #saving-018
+OWN_CALLBACKS = ("CheckpointCallback", "EarlyStopping")
+
+
+def warn_of_memory(name: str, why: str) -> None:
+    """Warn that a callback's state was not restored."""
+    if name not in OWN_CALLBACKS:
+        warn(f"The callback {name} was not restored: {why}. Pass the callbacks of that run.")
+
+# %% ../../nbs/training/75_saving.ipynb #saving-022
 def restore_epoch(run: Run, saved: dict[str, Any]) -> None:
     """Restore the open epoch, if there was one."""
     run.open = None if saved["open"] is None else load_epoch(saved["open"], run.task.device)
@@ -106,7 +128,7 @@ def restore_random(run: Run, saved: dict[str, Any]) -> None:
         set_random_state(saved["random"])
     run.random = saved["random"]
 
-# %% ../../nbs/training/75_saving.ipynb #saving-022
+# %% ../../nbs/training/75_saving.ipynb #saving-026
 FORMAT = 2
 PARTS = {
     "model": Part(
@@ -135,7 +157,7 @@ PARTS = {
     "random": Part(lambda run: run.random or random_state(*random_owners(run)), restore_random),
 }
 
-# %% ../../nbs/training/75_saving.ipynb #saving-023
+# %% ../../nbs/training/75_saving.ipynb #saving-027
 def run_state(run: Run) -> dict[str, Any]:
     """Return everything that a run needs to continue elsewhere, in the form of a checkpoint."""
     return {"format": FORMAT} | {name: part.read(run) for name, part in PARTS.items()}
@@ -146,7 +168,7 @@ def load_run_state(run: Run, saved: dict[str, Any]) -> None:
     for part in PARTS.values():
         part.restore(run, saved)
 
-# %% ../../nbs/training/75_saving.ipynb #saving-026
+# %% ../../nbs/training/75_saving.ipynb #saving-030
 def check_format(saved: dict[str, Any], path: str | Path) -> None:
     """Raise a `CheckpointError` if a file was written by another program or a later version."""
     if missing := sorted({"format", "checksum", *PARTS} - saved.keys()):
@@ -161,7 +183,7 @@ def check_format(saved: dict[str, Any], path: str | Path) -> None:
             "was loaded. Use the version that wrote it."
         )
 
-# %% ../../nbs/training/75_saving.ipynb #saving-029
+# %% ../../nbs/training/75_saving.ipynb #saving-033
 def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a state whose callbacks know that their folder is where the file is."""
 
@@ -173,7 +195,7 @@ def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
 
     return saved | {"callbacks": [[kind, here(memory)] for kind, memory in saved["callbacks"]]}
 
-# %% ../../nbs/training/75_saving.ipynb #saving-032
+# %% ../../nbs/training/75_saving.ipynb #saving-036
 def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
     """Restore a run from a loaded file; if anything fails, leave it as it was.
 
@@ -204,7 +226,7 @@ def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
             "the model, optimizer and scheduler of the run that wrote the file."
         ) from error
 
-# %% ../../nbs/training/75_saving.ipynb #saving-037
+# %% ../../nbs/training/75_saving.ipynb #saving-041
 def most_advanced(path: Path, saved: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Return a file, or the `last.pt` beside it if that one is further ahead."""
 
@@ -227,7 +249,7 @@ def position_text(run: Run) -> str:
     where = f"batch {run.batch} of epoch {number + 1}" if run.batch else f"after epoch {number}"
     return f"{where}, step {run.global_step}"
 
-# %% ../../nbs/training/75_saving.ipynb #saving-040
+# %% ../../nbs/training/75_saving.ipynb #saving-044
 def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Path | None:
     """Restore a run from the newest intact checkpoint in a folder; see `Trainer.resume`.
 
