@@ -169,7 +169,7 @@ def test_a_loop_of_ones_own_is_mentioned_and_its_parts_are_known(capsys):
         loss = nn.functional.cross_entropy(output, target, ignore_index=255)
         return {"loss": loss, "fit": loss}
 
-    base = make_trainer()
+    base = make_trainer(ignore_index=255)
     keep = CheckpointCallback("unused", "train_fit", "min")
     trainer = Mine(
         base.model, base.optimizer, parts, base.train_loader, callbacks=[keep], config=base.config
