@@ -1,6 +1,6 @@
-# make demo   run the quick start; write an executed notebook and an HTML page
+# make demo   run the quick start and leave a notebook and an HTML page
 # make lab    open the quick start in JupyterLab
-# make test   run everything that CI runs
+# make test   everything that CI runs
 # make export write the package and the README from the notebooks
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ test: $(VENV)/.dev check
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env nbs
 
-# The quick checks: lint, format, types.
+# The quick half of the tests: lint, format, types.
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Small runs shared by the tests."""
+"""Small runs that the tests share."""
 
 import multiprocessing
 import os

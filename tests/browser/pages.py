@@ -72,7 +72,7 @@ class FrontEnd:
         self._wait_open(kernel, idle)
 
     def reload(self, *, idle: bool = True) -> None:
-        """Reload the page; the kernel keeps running, and is `idle` unless a cell still runs."""
+        """Load the page again; the kernel goes on, and is `idle` unless a cell still runs."""
         self.page.reload()
         self._wait_open(True, idle)
 

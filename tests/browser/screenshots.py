@@ -1,4 +1,4 @@
-"""Take pictures of the dashboard for inspection: `python -m pytest tests/browser/screenshots.py`.
+"""Take pictures of the dashboard, to be looked at: `python -m pytest tests/browser/screenshots.py`.
 
 They are written to `_screenshots`; the README's is `running.png`, copied to `nbs/dashboard.png`.
 """

@@ -141,7 +141,7 @@ def test_buttons(notebook, latencies, version, comms, front):
 @pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
 @pytest.mark.parametrize("front", FRONTS)
 def test_interrupt(notebook, front, version):
-    """After a kernel interrupt `fit` returns the history, with no traceback, and can continue."""
+    """The kernel's own interrupt: no traceback, the history comes back, and training can go on."""
     cells = ("history = trainer.fit()", "print(len(history['train_loss']) > 0)", "train()")
     page = notebook(front, *cells, version=version)
     page.queue(1)
@@ -221,7 +221,7 @@ def test_the_charts_are_as_wide_as_the_cell(notebook, front):
 @pytest.mark.parametrize("version", ["6.31.0", "7.4.0"])
 @pytest.mark.parametrize("front", FRONTS)
 def test_reload(notebook, front, version, tmp_path):
-    """A page reloaded during training gets charts and buttons back, and shows the end."""
+    """A page that is loaded anew in mid-training gets charts and buttons back, and the end."""
     page = notebook(front, "train()", version=version)
     page.queue(1)
     wait_state(page, 1, "running", "validating")
@@ -277,7 +277,7 @@ def test_an_error_in_the_run(notebook, front):
 
 
 def test_a_closed_tab(notebook, server):
-    """After the page is closed, training ends as if nothing had happened."""
+    """Nobody looks any more: training ends as if nothing had happened."""
     page = notebook("lab", "make_trainer(epochs=20).fit(); open('ended', 'w').write('yes')")
     page.queue(1)
     wait_state(page, 1, "running", "validating")

@@ -310,7 +310,7 @@ def test_interrupts_and_clicks_lose_nothing(kernel):
 
 
 def test_the_buttons_of_the_dashboard(kernel):
-    """As in a browser: in a step and in validation, with a cell queued; save, pause and resume."""
+    """As in a browser: in a step, in a validation, with a cell queued; save, pause and go on."""
     kernel.run("import os, tempfile; os.chdir(tempfile.mkdtemp())")
     kernel.run(kernels.TRAINING.replace('"device"', '"progress": "dashboard", "device"'))
     kernel.run(

@@ -1,4 +1,4 @@
-"""Which callbacks are called, in which order, and what an error in one of them does."""
+"""Who is called, in which order, and what an error in a callback does."""
 
 import pytest
 
