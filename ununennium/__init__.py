@@ -8,7 +8,7 @@ __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'ConfusionMatrix
            'count_classes']
 
 # %% ../nbs/90_api.ipynb #api-003
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 from .losses import MaskedLoss, class_weights, count_classes
 from .metrics import ConfusionMatrix

@@ -318,7 +318,9 @@ def epoch_length(run: Run) -> str:
     batches = num_batches(run.train_loader)
     if batches is None:
         return "of unknown length"
-    return f"{batches} batches, {-(-batches // run.config.accumulation_steps)} steps"
+    steps = -(-batches // run.config.accumulation_steps)
+    parts = ((batches, "batch", "batches"), (steps, "step", "steps"))
+    return ", ".join(f"{count} {one if count == 1 else more}" for count, one, more in parts)
 
 # %% ../../nbs/training/78_check.ipynb #check-059
 def inspect_loop(loop_class: type[Loop]) -> dict[str, str]:

@@ -195,7 +195,7 @@ class RunLog:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has ended, for whatever reason."""
+        """Whether the run has ended, for any reason."""
         return self.state in ("stopped", "done", "failed")
 
     def enter(self, phase: str) -> None:
