@@ -10,7 +10,7 @@ import os
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,8 @@ __all__ = ['ResumableLoader']
 _kept_in_forks: list[Any] = []
 
 
-def _release(held: list[Any], process: int) -> None:
-    if os.getpid() == process:
+def _release(held: list[Any], process: int, current: Callable[[], int] = os.getpid) -> None:
+    if current() == process:
         held.clear()
     else:
         _kept_in_forks.append(held)
