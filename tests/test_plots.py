@@ -33,7 +33,9 @@ def test_each_score_has_its_panel_and_every_epoch_its_point():
     assert list(panels) == ["loss", "IoU", "scores", "learning rate"]
     lines = {title: axis.get_lines() for title, axis in panels.items()}
     assert [line.get_label() for line in lines["IoU"]] == ["mean", "water", "town"]
-    assert [line.get_label() for line in lines["scores"]] == ["val_accuracy"]
+    (accuracy,) = panels["scores"].get_legend().get_texts()
+    assert accuracy.get_text() == "val_accuracy"
+    assert panels["learning rate"].get_legend() is None  # the title says it
     for line, name in zip(lines["loss"], ("train_loss", "val_loss"), strict=True):
         assert line.get_xdata().tolist() == [1, 2, 3]
         assert line.get_ydata().tolist() == HISTORY[name]

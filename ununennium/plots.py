@@ -84,7 +84,7 @@ def draw_panel(
     axis.tick_params(labelsize=8)
     axis.locator_params("x", integer=True)
     axis.grid(alpha=0.25)
-    if len(names) > 1:
+    if title != "learning rate":
         axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 # %% ../nbs/35_plots.ipynb #plots-020

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from small import Clicks, make_batches, make_trainer, wait_for
+from small import Clicks, button, make_batches, make_trainer, wait_for
 from ununennium import CheckpointCallback, Dashboard
 
 
@@ -66,8 +66,8 @@ def test_the_pause_button_holds_until_resume(shown):
             time.sleep(0.01)
         steps = trainer.global_step
         time.sleep(0.3)
-        seen.append((steps, trainer.global_step, dashboard.cell.view.buttons["Pause"].description))
-        dashboard.cell.view.buttons["Pause"].click()
+        seen.append((steps, trainer.global_step, button(dashboard, "Pause").description))
+        button(dashboard, "Pause").click()
 
     thread = threading.Thread(target=click_later)
     thread.start()
@@ -85,10 +85,10 @@ def test_a_checkpoint_is_written_in_a_pause(shown, tmp_path):
 
     def save_and_resume():
         wait_for(lambda: dashboard.recorder.log.state == "paused")
-        dashboard.live.view.buttons["Checkpoint"].click()
+        button(dashboard, "Checkpoint").click()
         wait_for(lambda: dashboard.recorder.log.note.startswith("saved"))
         states.append((dashboard.recorder.log.state, trainer.global_step))
-        dashboard.live.view.buttons["Pause"].click()
+        button(dashboard, "Pause").click()
 
     states = []
     thread = threading.Thread(target=save_and_resume)

@@ -15,7 +15,7 @@ from ununennium import TrainerConfig
         ({"epochs": 1.0}, TypeError, "epochs=1.0"),
         ({"accumulation_steps": 0}, ValueError, "accumulation_steps=0 must be .* 1 or more"),
         ({"max_skipped_steps": 0}, ValueError, "max_skipped_steps=0 must be .* 1 or more"),
-        ({"seed": 2**32}, ValueError, "seed=4294967296 must be"),
+        ({"seed": 2**32}, ValueError, "seed=4294967296 .* 4294967295 or less"),
         ({"ignore_index": "none"}, TypeError, "ignore_index='none' must be a whole number"),
         ({"gradient_clip": -0.5}, ValueError, "gradient_clip=-0.5 must be a number, 0 or more"),
         ({"gradient_clip": math.nan}, ValueError, "gradient_clip=nan"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ununennium.training.dashboard as module
-from small import Clicks, make_batches, make_trainer, wait_for
+from small import Clicks, button, make_batches, make_trainer, wait_for
 from ununennium import Callback, Dashboard
 from ununennium.notebook.kernel import LiveWidgets, has_front_end
 from ununennium.training.charts import PLOTLY, WIDGET, CellOutput, Charts, View, record_bundles
@@ -98,7 +98,7 @@ def test_training_continues_while_a_file_is_written(shown):
     dashboard, notes = Dashboard(), []
     log = lambda: dashboard.recorder.log
     at = At(
-        s3=lambda: (dashboard.live.view.buttons["Checkpoint"].click(), notes.append(log().note)),
+        s3=lambda: (button(dashboard, "Checkpoint").click(), notes.append(log().note)),
         s5=lambda: (notes.append(log().note), writer.complete()),
         s6=lambda: notes.append(log().note),
     )
@@ -117,7 +117,7 @@ def test_training_continues_while_a_file_is_written(shown):
 def test_a_click_while_a_file_is_written_is_kept(shown):
     """Three clicks, two of them during the first file: two files, the second of a later step."""
     dashboard = Dashboard()
-    click = lambda: dashboard.live.view.buttons["Checkpoint"].click()
+    click = lambda: button(dashboard, "Checkpoint").click()
     at = At(
         s1=click, s3=click, s4=click, s6=lambda: writer.complete(), s8=lambda: writer.complete()
     )
@@ -132,7 +132,7 @@ def test_a_click_while_a_file_is_written_is_kept(shown):
 def test_the_end_of_a_run_waits_for_its_files(shown):
     """The one that is being written, and the one that was asked for in the meantime."""
     dashboard = Dashboard()
-    click = lambda: dashboard.live.view.buttons["Checkpoint"].click()
+    click = lambda: button(dashboard, "Checkpoint").click()
     trainer = make_trainer(make_batches(4), callbacks=[At(s2=click, s4=click), dashboard])
     writer = Writer(trainer)
 
@@ -155,7 +155,7 @@ def test_the_end_of_a_run_waits_for_its_files(shown):
 def test_a_file_that_fails_in_the_background_is_reported(shown):
     dashboard, notes = Dashboard(), []
     at = At(
-        s2=lambda: dashboard.live.view.buttons["Checkpoint"].click(),
+        s2=lambda: button(dashboard, "Checkpoint").click(),
         s4=lambda: writer.files[0].set_exception(CheckpointError("the disk is full")),
         s5=lambda: notes.append(dashboard.recorder.log.note),
     )
@@ -187,12 +187,12 @@ def test_the_state_around_a_pause(shown, monkeypatch, phase):
     class Click(Callback):
         def on_safepoint(self, trainer, now):
             if now == phase and trainer.global_step == 6 and not states:
-                dashboard.live.view.buttons["Pause"].click()
+                button(dashboard, "Pause").click()
 
     def resume():
         wait_for(lambda: dashboard.recorder.log.state == "paused")
         time.sleep(0.12)
-        dashboard.live.view.buttons["Pause"].click()
+        button(dashboard, "Pause").click()
 
     thread = threading.Thread(target=resume)
     thread.start()
@@ -215,7 +215,7 @@ def test_another_callback_may_pause_the_run(shown, monkeypatch):
         def on_safepoint(self, trainer, phase):
             if phase == "paused":
                 self.held += 1
-                labels.append(dashboard.live.view.buttons["Pause"].description)
+                labels.append(button(dashboard, "Pause").description)
                 if self.held == 3:
                     trainer.end_pause()
             elif trainer.global_step == 2:
@@ -230,7 +230,7 @@ def test_another_callback_may_pause_the_run(shown, monkeypatch):
 def test_a_pause_that_is_called_off_holds_nothing(shown, monkeypatch):
     dashboard = Dashboard()
     states = states_of(dashboard, monkeypatch)
-    pause = lambda: dashboard.live.view.buttons["Pause"].click()
+    pause = lambda: button(dashboard, "Pause").click()
     at = At(s2=lambda: (pause(), pause()))
     make_trainer(make_batches(6), callbacks=[at, dashboard]).fit(1)
     assert states == ["pausing", "running"]
@@ -245,7 +245,7 @@ def test_a_display_that_fails_in_a_pause_lets_the_run_continue(shown, monkeypatc
             raise RuntimeError("broken")
 
     monkeypatch.setattr(Charts, "show", fail)
-    pause = At(s2=lambda: dashboard.live.view.buttons["Pause"].click())
+    pause = At(s2=lambda: button(dashboard, "Pause").click())
     trainer = make_trainer(make_batches(6), callbacks=[pause, dashboard])
     with pytest.warns(UserWarning, match="switched off.*broken"):
         trainer.fit(1)
@@ -263,7 +263,7 @@ def test_messages_are_delivered_during_a_pause(shown, monkeypatch):
         def poll(self):
             polls.append(dashboard.recorder.log.state)
             if polls[-1] == "paused" and polls.count("paused") == 3:
-                dashboard.live.view.buttons["Pause"].click()
+                button(dashboard, "Pause").click()
 
         def __enter__(self):
             return self

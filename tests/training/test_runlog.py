@@ -214,7 +214,7 @@ def test_the_recorder_reads_nothing_from_the_device_in_a_step(monkeypatch):
     cat = torch.cat
     monkeypatch.setattr(torch, "cat", lambda *a, **k: reads.append(1) or cat(*a, **k))
     recorder = RunRecorder()
-    recorder.look = lambda trainer: None
+    recorder.show = lambda trainer: None
     make_trainer(make_batches(100), callbacks=[recorder]).fit(1)
     assert len(reads) <= 1
 

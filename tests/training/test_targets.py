@@ -85,6 +85,7 @@ def test_labels_of_every_dtype_and_shape():
     assert labels_outside(torch.zeros(0, 8, dtype=torch.int64), 3, None) == {}
     floats = torch.tensor([-0.5, 0.5, 1.0, 2.0, math.nan, math.inf], requires_grad=True)
     assert labels_outside(floats, 2, None) == {-0.5: 1, 2.0: 1, math.inf: 1}
+    assert labels_outside(torch.tensor([0.0, 1.0, 3.0], dtype=torch.bfloat16), 2, None) == {3.0: 1}
 
 
 def test_labels_are_quoted_with_their_counts():

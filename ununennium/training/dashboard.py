@@ -79,7 +79,7 @@ class Painter:
         self.epoch_is_new = self.is_free = True
         self._batches = self.log.speed.batches  # of earlier runs
         self._has_scores = bool(self.log.history)
-        recorder.look, recorder.look_at = self.draw, 0.0
+        recorder.show, recorder.show_at = self.draw, 0.0
 
     def draw(self, trainer: RunView, whole: bool = False) -> None:
         """Draw what is due, or everything."""
@@ -97,7 +97,7 @@ class Painter:
                 self.epoch_is_new = self.is_free = False
         finally:
             self.lock.release()
-        self.recorder.look_at = self.status_pace.next
+        self.recorder.show_at = self.status_pace.next
 
     def show(self, state: str, reason: str = "") -> None:
         """Show a state at once."""
@@ -110,7 +110,7 @@ class Painter:
         self.epoch_is_new = True
         if not self._has_scores:
             self._has_scores = self.is_free = True
-            self.recorder.look_at = self.pace.next = 0.0
+            self.recorder.show_at = self.pace.next = 0.0
 
 # %% ../../nbs/training/88_dashboard.ipynb #dashboard-016
 def optional_folder(path: str | Path | None) -> Path | None:
@@ -268,7 +268,7 @@ class LiveRun:
 
     def at_safepoint(self, phase: str) -> None:
         """Draw if it is time to, even during validation, and obey the buttons."""
-        if phase == "validate" and time.perf_counter() >= self.painter.recorder.look_at:
+        if phase == "validate" and time.perf_counter() >= self.painter.recorder.show_at:
             self.painter.draw(self.trainer)
         self.buttons.at_safepoint(phase)
 
@@ -292,7 +292,7 @@ class LiveRun:
         yield
         self.painter.end_epoch()
         self.painter.draw(self.trainer, whole=True)
-        self.painter.recorder.look = self.painter.recorder.update
+        self.painter.recorder.show = self.painter.recorder.update
         self.cell.keep_record()
 
 # %% ../../nbs/training/88_dashboard.ipynb #dashboard-032

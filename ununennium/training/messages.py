@@ -49,8 +49,8 @@ def whole_number(name: str, value: object, least: float, most: float = math.inf)
     ValueError
         If it lies outside the limits.
     """
-    limits = f", {least:g} or more" if math.isfinite(least) else ""
-    limits += f", {most:g} or less" if math.isfinite(most) else ""
+    limits = f", {least:.0f} or more" if math.isfinite(least) else ""
+    limits += f", {most:.0f} or less" if math.isfinite(most) else ""
     message = f"{name}={value!r} must be a whole number{limits}."
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(message)

@@ -143,11 +143,13 @@ def load_optimizer(
     Raises
     ------
     ValueError
-        If the state belongs to parameters of other shapes, or to other groups.
+        If the state belongs to parameters of other shapes or to other groups, or lacks a setting.
     """
     check_state_shapes(optimizer, saved)
     optimizer.load_state_dict(saved)
     for group, then, now in zip(optimizer.param_groups, saved_built, built, strict=True):
+        if missing := sorted((then.keys() & now.keys()) - group.keys()):
+            raise ValueError(f"the optimizer's settings in the file lack {', '.join(missing)}")
         keep_changes(group, then, now)
 
 # %% ../../nbs/training/22_restore.ipynb #restore-041

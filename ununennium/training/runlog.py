@@ -350,13 +350,13 @@ class RunRecorder(Callback):
     """Fill a `RunLog` from the hooks of a run."""
 
     def __init__(self) -> None:
-        self.look: Callable[[RunView], None] = self.update
+        self.show: Callable[[RunView], None] = self.update
         self._start_log(0, 0)
 
     def _start_log(self, epoch: int, batch: int) -> None:
         self.log = RunLog(epoch=epoch, batch=batch, where=Timeline(epoch, batch))
         self.notes, self.watch = StepNotes(), Stopwatch(self.log.speed)
-        self.look_at = 0.0  # on the clock of time.perf_counter
+        self.show_at = 0.0  # on the clock of time.perf_counter
 
     def on_train_start(self, trainer: RunView) -> None:
         """Continue the log, or start one."""
@@ -372,9 +372,9 @@ class RunRecorder(Callback):
     def on_batch_end(self, trainer: RunView, batch: Any, logs: dict[str, Any]) -> None:
         """Take down loss and learning rate; read neither from the device."""
         self.notes.add(logs.get("train_loss"), trainer.optimizer.param_groups[0]["lr"])
-        if self.watch.lap() >= self.look_at:
+        if self.watch.lap() >= self.show_at:
             self.log.speed.samples = sample_count((trainer.unpack(batch)[0],))
-            self.look(trainer)
+            self.show(trainer)
             self.watch.restart()  # the time for a display is not training
 
     def on_safepoint(self, trainer: RunView, phase: str) -> None:
@@ -417,4 +417,4 @@ class RunRecorder(Callback):
         """Bring the whole log up to date, losses included."""
         self.refresh(trainer)
         self.notes.read(self.log)
-        self.look_at = time.perf_counter() + 1
+        self.show_at = time.perf_counter() + 1

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .batches import prediction
@@ -96,7 +97,8 @@ def labels_outside(target: Tensor, num_classes: int, ignore_index: int | None) -
     dict
         Counts by label, in ascending order of the labels. NaN is not counted.
     """
-    labels, largest = target.detach().cpu().numpy(), num_classes - 1
+    host, largest = target.detach().cpu(), num_classes - 1
+    labels = (host.float() if host.dtype == torch.bfloat16 else host).numpy()  # NumPy lacks it
     if not labels.size or (labels.min() >= 0 and labels.max() <= largest):
         return {}
     outside = (labels < 0) | (labels > largest)  # NaN is neither
