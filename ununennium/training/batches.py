@@ -122,6 +122,8 @@ def prediction(output: Any) -> Any:
     ValueError
         If the output is a dictionary without `out`.
     """
+    if isinstance(output, Tensor):
+        return output
     if isinstance(output, Mapping):
         if "out" not in output:
             raise ValueError(

@@ -93,7 +93,8 @@ class ScoringPass:
     """
 
     def __init__(self, task: Task, metrics: MetricSet | None) -> None:
-        self.task, self.metrics, self.is_default = task, metrics, metrics is None
+        self.task, self.metrics = task, metrics
+        self.checks_labels = metrics is None and not task.spec.takes_labels  # else the task did
         self.means = {"loss": WeightedMean()}
         self.losses: list[tuple[int, Tensor]] = []
         if metrics is not None:
@@ -109,7 +110,7 @@ class ScoringPass:
             self.metrics = default_metrics(output, target, self.task)
         if not self.metrics.metrics:
             return
-        if self.is_default:
+        if self.checks_labels:
             classes, hint = self.metrics.metrics[""].num_classes, self.task.spec.ignore_hint
             check_labels(batch.target, classes, self.task.ignore_index, hint)
         predicted = prediction(output)

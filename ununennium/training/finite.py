@@ -51,14 +51,12 @@ def finite_checks(inputs: Any, target: Any, output: Any, loss: Tensor) -> dict[s
     Each is a scalar tensor that is finite if its part is. Parts without floating-point numbers,
     such as integer labels, are left out.
     """
-    found = {
-        "input": finite_sum(inputs),
-        "target": finite_sum(target),
-        "output": finite_sum(output),
-    }
-    return {name: part for name, part in found.items() if part is not None} | {
-        "loss": loss.detach()
-    }
+    checks = {}
+    for name, part in (("input", inputs), ("target", target), ("output", output)):
+        if (total := finite_sum(part)) is not None:
+            checks[name] = total
+    checks["loss"] = loss.detach()
+    return checks
 
 # %% ../../nbs/training/49_finite.ipynb #finite-012
 def first_bad(checks: Mapping[str, Tensor]) -> str | None:

@@ -43,6 +43,8 @@ class LossSpec:
         The label that it ignores, or None.
     class_weight
         `(K,)` weights that its mean is divided by, or None.
+    weighs
+        It has a `batch_weight` of its own.
     """
 
     name: str
@@ -52,6 +54,12 @@ class LossSpec:
     masked: bool = False
     ignore_index: int | None = None
     class_weight: Tensor | None = field(default=None, repr=False)
+    weighs: bool = False
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether its targets are class labels, or probabilities of class 1."""
+        return self.wants_classes or self.wants_logits
 
     @property
     def ignore_hint(self) -> str:
@@ -127,6 +135,7 @@ def inspect_loss(loss_fn: Any) -> LossSpec:
         masked=isinstance(core, MaskedLoss),
         ignore_index=find_ignore_index(core, options, -100 if wants_classes else None),
         class_weight=class_weight if wants_classes else None,
+        weighs=hasattr(loss_fn, "batch_weight"),
     )
 
 # %% ../../nbs/training/42_loss_spec.ipynb #loss_spec-021
@@ -177,7 +186,7 @@ def batch_weight(
     float or Tensor
         A number for a target in host memory, a scalar tensor for one on a device.
     """
-    if hasattr(loss_fn, "batch_weight"):
+    if spec.weighs:
         weight = loss_fn.batch_weight(target)
         on_host = isinstance(weight, Tensor) and weight.device.type == "cpu"
         return weight.detach().numpy().item() if on_host else weight
@@ -211,6 +220,8 @@ def named_losses(loss: Any, name: str) -> dict[str, Tensor]:
     ValueError
         If a tensor has more than one element, or no part is called `loss`.
     """
+    if isinstance(loss, Tensor) and not loss.ndim:
+        return {"loss": loss}  # nearly always
     parts = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
     if "loss" not in parts:
         raise ValueError(

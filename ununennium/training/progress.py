@@ -182,6 +182,8 @@ def default_display(progress: str, callbacks: Sequence[object] = ()) -> Display 
         raise ValueError(
             f"callbacks holds {own} dashboards, which would all show the run. Pass one."
         )
+    if progress == "none":
+        return None
     missing = missing_libraries()
     hint = f"The dashboard needs {', '.join(missing)}: pip install 'ununennium[notebook]'."
     if progress == "dashboard":
@@ -199,4 +201,4 @@ def default_display(progress: str, callbacks: Sequence[object] = ()) -> Display 
         if has_front_end():
             warn(f"Progress is shown as text. {hint}")
         progress = "bar" if sys.stdout.isatty() else "text"
-    return {"bar": BarProgress, "text": TextProgress}[progress]() if progress != "none" else None
+    return {"bar": BarProgress, "text": TextProgress}[progress]()

@@ -63,9 +63,11 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     if not gradients:
         return torch.zeros(())
     norms = _foreach_norm(gradients)
-    return torch.linalg.vector_norm(
-        torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
-    )
+    try:
+        stacked = torch.stack(norms)
+    except RuntimeError:  # the model is spread over devices
+        stacked = torch.stack([norm.to(norms[0].device) for norm in norms])
+    return torch.linalg.vector_norm(stacked.float())
 
 # %% ../../nbs/training/55_step.ipynb #step-014
 def clip_gradients(gradients: list[Tensor], limit: float) -> Tensor:

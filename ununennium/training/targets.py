@@ -97,8 +97,9 @@ def labels_outside(target: Tensor, num_classes: int, ignore_index: int | None) -
     dict
         Counts by label, in ascending order of the labels. NaN is not counted.
     """
-    host, largest = target.detach().cpu(), num_classes - 1
-    labels = (host.float() if host.dtype == torch.bfloat16 else host).numpy()  # NumPy lacks it
+    lacks = target.dtype == torch.bfloat16  # NumPy has no such type
+    labels = (target.float() if lacks else target).numpy(force=True)
+    largest = num_classes - 1
     if not labels.size or (labels.min() >= 0 and labels.max() <= largest):
         return {}
     outside = (labels < 0) | (labels > largest)  # NaN is neither

@@ -171,7 +171,7 @@ def check_output(task: Task, output: Any, target: Any) -> None:
         )
     spec, names = task.spec, task.config.class_names
     check_shapes(output, target, spec)
-    if not (spec.wants_classes or spec.wants_logits) or has_no_prediction(output):
+    if not spec.takes_labels or has_no_prediction(output):
         return
     classes = prediction(output).shape[1] if spec.wants_classes else 2
     if spec.wants_classes and names is not None and len(names) != classes:
