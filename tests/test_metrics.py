@@ -151,10 +151,12 @@ def test_metric_set_drives_all_metrics():
 
 
 def test_metric_set_refuses_what_is_no_metric():
-    with pytest.raises(TypeError, match="metrics is a tuple. Pass a dictionary"):
+    with pytest.raises(TypeError, match="metrics is of type tuple. Pass a dictionary"):
         MetricSet((Fixed(1.0),))
-    with pytest.raises(TypeError, match=r"metrics\['F1'\] is a Tensor, which lacks update"):
+    with pytest.raises(TypeError, match=r"metrics\['F1'\] is of type Tensor, which lacks update"):
         MetricSet({"ok": Fixed(1.0), "F1": torch.zeros(1)})
+    with pytest.raises(TypeError, match=r"metrics\['F1'\] is a class; pass an instance: Fixed"):
+        MetricSet({"F1": Fixed})
 
 
 @settings(deadline=None, max_examples=50)

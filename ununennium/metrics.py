@@ -209,8 +209,8 @@ def name_classes(num_classes: int, class_names: Sequence[str] | None) -> list[st
     names = list(map(str, range(num_classes))) if class_names is None else list(class_names)
     if len(names) != num_classes:
         raise ValueError(
-            f"class_names has {len(names)} names {names}, but there are {num_classes} classes. "
-            "Pass one name for each class."
+            f"Pass one name for each class: num_classes is {num_classes}, and class_names is "
+            f"{names}."
         )
     return names
 
@@ -284,15 +284,17 @@ def named_metrics(metrics: Any) -> dict[str, Any]:
     """Return metrics by name; raise a `TypeError` for what is no metric."""
     if isinstance(metrics, (list, tuple)):
         raise TypeError(
-            f"metrics is a {type(metrics).__name__}. Pass a dictionary with a name for each "
+            f"metrics is of type {type(metrics).__name__}. Pass a dictionary with a name for each "
             'metric: metrics={"F1": ...}.'
         )
     named = {"metric": metrics} if is_metric(metrics) else dict(metrics)
     for name, metric in named.items():
+        if isinstance(metric, type):
+            raise TypeError(f"metrics[{name!r}] is a class; pass an instance: {metric.__name__}().")
         if not is_metric(metric):
             raise TypeError(
-                f"metrics[{name!r}] is a {type(metric).__name__}, which lacks update, compute or "
-                "reset. Pass a torchmetrics metric, or an object with these three methods."
+                f"metrics[{name!r}] is of type {type(metric).__name__}, which lacks update, "
+                "compute or reset. Pass a torchmetrics metric, or an object with these methods."
             )
     return named
 

@@ -31,6 +31,30 @@ def test_a_fit_after_an_early_stop_trains():
     assert trainer.epoch == 5
 
 
+def test_a_script_that_is_started_again_stays_stopped(tmp_path):
+    """A cluster restarts it for ever; more patience, or a second fit, trains on."""
+
+    def script(patience):
+        trainer = make_trainer(
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.0), model=torch.nn.Conv2d(4, 3, 1),
+            callbacks=[
+                EarlyStopping("train_loss", patience=patience),
+                CheckpointCallback(tmp_path, "train_loss", "min"),
+            ],
+            epochs=20,
+        )  # fmt: skip
+        trainer.resume(tmp_path)
+        trainer.fit()
+        return trainer
+
+    first, again = script(2), script(2)
+    assert first.epoch == again.epoch == 3
+    assert first.stop_reason == again.stop_reason and "did not improve" in again.stop_reason
+    assert script(4).epoch == 5
+    again.fit()
+    assert again.epoch == 5
+
+
 def test_an_unknown_score_is_not_taken_for_a_loss(tmp_path):
     class Quality:
         def reset(self):

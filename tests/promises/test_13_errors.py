@@ -39,10 +39,10 @@ def test_parts_that_cannot_be_trained_together():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss, batches = nn.CrossEntropyLoss(), make_batches()
     cases = [
-        ((print, optimizer, loss, batches), TypeError, "model is a builtin"),
-        ((model, torch.optim.SGD, loss, batches), TypeError, "optimizer is a type"),
-        ((model, optimizer, "ce", batches), TypeError, "loss_fn is a str"),
-        ((model, optimizer, loss, 3), TypeError, "train_loader is a int"),
+        ((print, optimizer, loss, batches), TypeError, "model is of type builtin"),
+        ((model, torch.optim.SGD, loss, batches), TypeError, "optimizer is of type type"),
+        ((model, optimizer, "ce", batches), TypeError, "loss_fn is of type str"),
+        ((model, optimizer, loss, 3), TypeError, "train_loader is of type int"),
         ((small_net(), optimizer, loss, batches), ValueError, "none of the model's parameters"),
         ((model, optimizer, nn.CrossEntropyLoss(reduction="sum"), batches), ValueError, "'sum'"),
     ]
@@ -72,9 +72,9 @@ def test_swapped_arguments():
         ((batches, batches, base.config), {}, "TrainerConfig, which has no step.* config="),
         ((batches,), {"callbacks": ["EarlyStopping"]}, "'EarlyStopping' .* none of the hooks"),
         ((batches,), {"callbacks": [EarlyStopping]}, "EarlyStopping is a class"),
-        ((batches,), {"config": {"epochs": 3}}, "config is a dict"),
+        ((batches,), {"config": {"epochs": 3}}, "config is of type dict"),
         ((Samples(),), {}, "is a data set, Samples, .* DataLoader"),
-        ((batches,), {"metrics": [ConfusionMatrix(3)]}, "metrics is a list"),
+        ((batches,), {"metrics": [ConfusionMatrix(3)]}, "metrics is of type list"),
     ):
         with pytest.raises(TypeError, match=message):
             Trainer(model, optimizer, loss, *parts, **options)
@@ -92,7 +92,7 @@ def test_settings_of_the_wrong_type():
         ({"seed": -1}, "seed=-1 must be a whole number, 0 or more"),
         ({"epochs": 1.5}, "epochs=1.5 must be a whole number"),
         ({"accumulation_steps": True}, "accumulation_steps=True"),
-        ({"class_names": ["a", "b"]}, "2 names, but the model has 3 classes"),
+        ({"class_names": ["a", "b"]}, "3 classes, and the length of class_names is 2"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             make_trainer(**settings).fit(1)
@@ -140,7 +140,9 @@ def test_empty_and_exhausted_loaders():
     with pytest.raises(ValueError, match="gave no batch in epoch 1"):
         make_trainer(once([])).fit(1)
     trainer = make_trainer(once(make_batches(3)))
-    with pytest.raises(ValueError, match="train_loader is a generator, .* read once, .* 2 epochs"):
+    with pytest.raises(
+        ValueError, match="train_loader is of type generator, .* read once, .* 2 epochs"
+    ):
         trainer.fit(2)
     trainer.fit(1)
     with pytest.raises(ValueError, match="gave no batch in epoch 2.* read before"):
@@ -239,7 +241,7 @@ def test_bands_that_do_not_fit_the_model():
 
 
 def test_class_names_must_match():
-    with pytest.raises(ValueError, match="2 names, .* 3 classes"):
+    with pytest.raises(ValueError, match="3 classes, .* class_names is 2"):
         make_trainer(class_names=["a", "b"]).validate(make_batches())
 
 

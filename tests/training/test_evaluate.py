@@ -122,3 +122,21 @@ def test_a_metric_that_counts_what_the_loss_ignores_is_reported_at_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_evaluator(metrics={"all": ConfusionMatrix(3, 255)})
+
+
+class Score:
+    """A metric that computes what it was given."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def update(self, output, target): ...
+    def reset(self): ...
+    def compute(self):
+        return self.value
+
+
+@pytest.mark.parametrize("metrics", [{"loss": Score(0.3)}, {"all": Score({"loss": 0.3})}])
+def test_a_score_does_not_take_the_place_of_the_loss(metrics):
+    with pytest.raises(ValueError, match="the name of a loss: val_loss. Choose another name"):
+        make_evaluator(metrics=metrics).score(make_batches(2))

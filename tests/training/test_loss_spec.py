@@ -61,11 +61,11 @@ def cross_entropy(**options):
         (functools.partial(F.l1_loss), {"elementwise": True}),
         (
             MaskedLoss(nn.MSELoss(reduction="none"), 255),
-            {"elementwise": True, "masked": True, "ignore_index": 255},
+            {"elementwise": True, "masked": True, "ignore_index": 255, "weighs": True},
         ),
         (
             MaskedLoss(nn.BCEWithLogitsLoss(reduction="none")),
-            {"elementwise": True, "masked": True, "wants_logits": True},
+            {"elementwise": True, "masked": True, "wants_logits": True, "weighs": True},
         ),
         (lambda output, target: output.mean(), {}),
     ],

@@ -45,20 +45,49 @@ def test_good_parts_pass_in_silence(changes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": len}, TypeError, "model is a builtin_function_or_method; pass a torch.nn"),
-        ({"optimizer": 0.1}, TypeError, "optimizer is a float"),
+        ({"model": len}, TypeError, "model is of type builtin_function_or_method; pass a torch.nn"),
+        ({"optimizer": 0.1}, TypeError, "optimizer is of type float"),
         ({"loss_fn": nn.CrossEntropyLoss}, TypeError, r"pass an instance: CrossEntropyLoss\(\)"),
-        ({"loss_fn": None}, TypeError, "loss_fn is a NoneType; pass a function"),
-        ({"train_loader": None}, TypeError, "train_loader is a NoneType, which gives no batches"),
-        ({"val_loader": 5}, TypeError, "val_loader is a int"),
+        ({"loss_fn": None}, TypeError, "loss_fn is of type NoneType; pass a function"),
+        (
+            {"train_loader": None},
+            TypeError,
+            "train_loader is of type NoneType, which gives no batches",
+        ),
+        ({"val_loader": 5}, TypeError, "val_loader is of type int"),
         ({"scheduler": TrainerConfig()}, TypeError, "TrainerConfig, which has no step.*config="),
-        ({"config": {}}, TypeError, r"config is a dict; pass TrainerConfig\(epochs=...\)"),
-        ({"callbacks": Callback()}, TypeError, r"callbacks is a Callback; pass a list"),
+        ({"config": {}}, TypeError, r"config is of type dict; pass TrainerConfig\(epochs=...\)"),
+        ({"callbacks": Callback()}, TypeError, r"callbacks is of type Callback; pass a list"),
     ],
 )
 def test_bad_parts_are_refused(changes, error, message):
     with pytest.raises(error, match=message):
         check_parts(**make_parts(**changes))
+
+
+class Hooked:
+    def __init__(self, hook):
+        self.on_epoch_end = hook
+
+
+@pytest.mark.parametrize(
+    ("hook", "fits"),
+    [
+        (lambda trainer, epoch, logs: None, True),
+        (lambda *details: None, True),
+        (lambda trainer, epoch, logs, more=None: None, True),
+        (print, True),
+        (lambda trainer, logs: None, False),
+        (lambda trainer, epoch, logs, more: None, False),
+        (lambda trainer, *, epoch, logs: None, False),
+    ],
+)
+def test_hooks_that_the_loop_could_not_call_are_refused(hook, fits):
+    if fits:
+        check_parts(**make_parts(callbacks=[Hooked(hook)]))
+        return
+    with pytest.raises(TypeError, match=r"Hooked.on_epoch_end.* Write def on_epoch_end\(self, tr"):
+        check_parts(**make_parts(callbacks=[Hooked(hook)]))
 
 
 def test_a_data_set_is_no_loader_and_an_empty_one_is_named():

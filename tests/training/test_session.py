@@ -128,7 +128,9 @@ def test_a_loader_that_is_read_once_cannot_serve_two_epochs():
     for loaders in ((iter(make_batches(2)), None), (make_batches(2), iter(make_batches(2)))):
         trainer = make_trainer(*loaders, epochs=2)
         name = "train" if loaders[1] is None else "val"
-        with pytest.raises(ValueError, match=f"{name}_loader is a list_iterator, .* 2 epochs"):
+        with pytest.raises(
+            ValueError, match=f"{name}_loader is of type list_iterator, .* 2 epochs"
+        ):
             trainer.fit()
 
 

@@ -71,8 +71,8 @@ class OpenEpoch:
         """Raise a `RuntimeError` if the window is still open after its step."""
         if self.window:
             raise RuntimeError(
-                "The step returned, but its window is still open, so the same batches would come "
-                "again for ever. In your loop, call super().update(window, epoch)."
+                "The step returned, but its window is still open, so the same batches would "
+                "repeat forever. In your loop, call super().update(window, epoch)."
             )
 
     def suspend(self, loader: ResumableLoader) -> None:

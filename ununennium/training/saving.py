@@ -280,7 +280,7 @@ def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Pa
         try:
             saved = load_file(path)
         except CheckpointError as error:
-            warn(str(error))
+            warn(f"{path.name} is left out. {error}")
             continue
         path, saved = most_advanced(path, saved)
         take_over(run, saved, path)

@@ -124,8 +124,8 @@ def check_loaders(run: Run) -> None:
     for name, loader in (("train_loader", run.train_loader), ("val_loader", run.val_loader)):
         if isinstance(loader, Iterator) and epochs > 1:
             raise ValueError(
-                f"{name} is a {type(loader).__name__}, which can be read once, but this fit is "
-                f"of {epochs} epochs. Pass a DataLoader or a list."
+                f"{name} is of type {type(loader).__name__}, which can be read once, but this "
+                f"fit is of {epochs} epochs. Pass a DataLoader or a list."
             )
 
 # %% ../../nbs/training/67_session.ipynb #session-021

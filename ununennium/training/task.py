@@ -176,6 +176,6 @@ def check_output(task: Task, output: Any, target: Any) -> None:
     classes = prediction(output).shape[1] if spec.wants_classes else 2
     if spec.wants_classes and names is not None and len(names) != classes:
         raise ValueError(
-            f"class_names has {len(names)} names, but the model has {classes} classes."
+            f"The model has {classes} classes, and the length of class_names is {len(names)}."
         )
     check_labels(target, classes, task.ignore_index, spec.ignore_hint)

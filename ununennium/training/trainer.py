@@ -88,8 +88,8 @@ class Trainer(RunFacts):
             self.callbacks.append(display)
 
     def __repr__(self) -> str:
-        name, epochs = type(unwrap(self.model)).__name__, self.config.epochs
-        where = f"epoch {self.epoch}/{epochs}, step {self.global_step}"
+        name, epochs = type(unwrap(self.model)).__name__, max(self.goal, self.config.epochs)
+        where = f"epoch {self.epoch}/{max(epochs, self.goal)}, step {self.global_step}"
         return f"{type(self).__name__}({name} on {self.device}, {where})"
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
@@ -210,4 +210,4 @@ class Trainer(RunFacts):
         CheckpointError
             If all files are damaged, or the newest intact one does not fit this trainer.
         """
-        return resume(self.run, dirpath, Hooks(self.callbacks, self).announce)
+        return resume(self.run, Path(dirpath).expanduser(), Hooks(self.callbacks, self).announce)
