@@ -54,7 +54,7 @@ class LossSpec:
     masked: bool = False
     ignore_index: int | None = None
     class_weight: Tensor | None = field(default=None, repr=False)
-    weighs: bool = False
+    weighs: bool = field(default=False, repr=False)
 
     @property
     def takes_labels(self) -> bool:
