@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from ununennium.signals import signal_handled
+from ununennium.signals import signal_deferred, signal_handled
 
 
 def test_the_handler_holds_for_the_block_and_no_longer():
@@ -53,3 +53,23 @@ def test_other_threads_change_nothing():
     thread.start()
     thread.join()
     assert during == [before]
+
+
+def test_a_deferred_signal_comes_after_the_block():
+    seen = []
+    with signal_handled(signal.SIGUSR1, lambda number, frame: seen.append(number)):
+        with contextlib.suppress(ZeroDivisionError), signal_deferred(signal.SIGUSR1):
+            with signal_deferred(signal.SIGUSR1):
+                signal.raise_signal(signal.SIGUSR1)
+            assert seen == []  # the outer block still holds it back
+            raise ZeroDivisionError
+        assert seen == [signal.SIGUSR1]
+
+
+def test_nothing_is_deferred_where_signals_cannot_be_blocked(monkeypatch):
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    seen = []
+    note = lambda number, frame: seen.append(number)
+    with signal_handled(signal.SIGUSR1, note), signal_deferred(signal.SIGUSR1):
+        signal.raise_signal(signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1]

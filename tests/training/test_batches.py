@@ -1,6 +1,7 @@
 """Batches of every kind are unpacked, named, moved, and read in windows with their shares."""
 
 import collections
+import contextlib
 import math
 import signal
 import threading
@@ -9,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
+from ununennium.signals import signal_handled
 from ununennium.training.batches import (
     AccumulationWindows,
     BatchReader,
@@ -160,36 +163,50 @@ def test_samples_of_a_container(target, count):
 # Loaders.
 
 
-class Watching:
-    """A loader that notes the handler of SIGINT as it starts."""
+class Interrupting:
+    """A loader that is interrupted while it starts."""
 
     def __init__(self, error=None):
         self.error = error
 
     def __iter__(self):
-        self.handler = signal.getsignal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        self.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         if self.error:
             raise self.error
         return iter([1])
 
 
 @pytest.mark.parametrize("error", [None, OSError("no such folder")])
-def test_workers_start_with_interrupts_ignored(error):
-    before, loader = signal.getsignal(signal.SIGINT), Watching(error)
-    if error is None:
-        assert list(open_iterator(loader)) == [1]
-    else:
-        with pytest.raises(OSError, match="no such folder"):
-            open_iterator(loader)
-    assert loader.handler == signal.SIG_IGN and signal.getsignal(signal.SIGINT) is before
+def test_an_interrupt_while_workers_start_is_not_lost(error):
+    """It reaches none of them, as they inherit what is blocked."""
+    before, loader, seen = signal.pthread_sigmask(signal.SIG_BLOCK, []), Interrupting(error), []
+    with signal_handled(signal.SIGINT, lambda number, frame: seen.append(number)):
+        with contextlib.suppress(OSError):
+            assert list(open_iterator(loader)) == [1]
+        assert seen == [signal.SIGINT]
+    assert signal.SIGINT in loader.blocked
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
-def test_another_thread_leaves_the_handler_alone():
-    before, loader = signal.getsignal(signal.SIGINT), Watching()
-    thread = threading.Thread(target=open_iterator, args=(loader,))
+class Masked(torch.utils.data.Dataset):
+    """Samples that say whether their process can be interrupted."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_workers_are_not_interrupted_whichever_thread_starts_them():
+    seen = []
+    read = lambda: seen.extend(open_iterator(DataLoader(Masked(), num_workers=1)))
+    thread = threading.Thread(target=read)
     thread.start()
     thread.join()
-    assert loader.handler is before
+    read()
+    assert [batch.item() for batch in seen] == [True] * 4
 
 
 class Stream(torch.utils.data.IterableDataset):
