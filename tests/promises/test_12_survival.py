@@ -50,7 +50,7 @@ def test_a_run_survives_kills_at_random_moments(tmp_path):
                 reader.load_checkpoint(path)
             reader.resume(folder)
             steps.append(reader.global_step)
-        assert kill < 5 or steps[-1] > 0
+        assert kill < 20 or steps[-1] > 0
     assert steps == sorted(steps) and steps[-1] > KILLS
     assert {path.suffix for path in folder.iterdir()} <= {".pt", ".tmp"}
     trainer = trainer_of_many(folder)
@@ -206,8 +206,9 @@ def test_training_continues_while_a_file_is_written(tmp_path, monkeypatch):
     )
 
     def slow(content, file):
-        before = trainer.global_step
-        time.sleep(0.3)
+        before, end = trainer.global_step, time.monotonic() + 10
+        while not steps and trainer.global_step == before and time.monotonic() < end:
+            time.sleep(0.005)
         steps.append(trainer.global_step - before)
         save(content, file)
 
