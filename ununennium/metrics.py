@@ -5,8 +5,9 @@
 # %% ../nbs/10_metrics.ipynb #metrics-003
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,10 +69,14 @@ class WeightedMean:
             self.total = precise_zero(value)
         self.weight = self.weight + add_weighted(self.total, value, weight, stepped)
 
+    def sums(self) -> tuple[float, float]:
+        """Return the weighted sum of the values and the sum of the weights, as plain numbers."""
+        return 0.0 if self.total is None else float(self.total), float(self.weight)
+
     def compute(self) -> float:
         """Return the mean as a plain number; NaN if nothing was added."""
-        weight = float(self.weight)
-        return float(self.total) / weight if self.total is not None and weight else math.nan
+        total, weight = self.sums()
+        return total / weight if weight else math.nan
 
     def state_dict(self) -> dict[str, Tensor | float | None]:
         """Return the sums."""
@@ -255,6 +260,16 @@ class ConfusionMatrix:
         """Forget all counts."""
         self.state = None
 
+    def to(self, device: torch.device | str) -> ConfusionMatrix:
+        """Move the counts to a device."""
+        self.state = None if self.state is None else self.state.to(device)
+        return self
+
+    def merge_state(self, others: Iterable[ConfusionMatrix]) -> None:
+        """Add the counts of others, on the same device."""
+        counts = [each.state for each in (self, *others) if each.state is not None]
+        self.state = torch.stack(counts).sum(0) if counts else None
+
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add a batch of scores `(N, K, ...)`, or of logits `(N, 1, ...)` or `(N, ...)` if K is 2.
 
@@ -351,6 +366,11 @@ class MetricSet:
         """Add a batch to every metric."""
         for metric in self.metrics.values():
             metric.update(output, target)
+
+    def mergeable(self) -> dict[str, Any]:
+        """Return copies on the host of the metrics that have `merge_state`, by name."""
+        found = {k: m for k, m in self.metrics.items() if hasattr(m, "merge_state")}
+        return {name: copy.deepcopy(metric).to("cpu") for name, metric in found.items()}
 
     def compute(self) -> dict[str, float]:
         """Return all scores as plain numbers under flat names."""

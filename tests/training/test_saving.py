@@ -13,7 +13,7 @@ from ununennium.training.saving import (
     PARTS,
     Part,
     load_callback,
-    load_run_state,
+    load_own_state,
     position_text,
     resume,
     run_state,
@@ -51,7 +51,7 @@ def test_the_keys_of_a_file_stay_what_they_are(stopped):
 
 def test_every_part_comes_back(stopped):
     other = make_run(seed=5, stops=False)
-    load_run_state(other.run, copy_to_host(run_state(stopped.run)))
+    load_own_state(other.run, copy_to_host(run_state(stopped.run)))
     assert position_text(other.run) == "batch 2 of epoch 2, step 8"
     assert other.callbacks[0].best == stopped.callbacks[0].best
     outcomes = []
@@ -106,7 +106,7 @@ def test_callbacks_find_their_memory_by_type_and_order(stopped):
     first.best, second.best = 0.1, 0.2
     old = make_trainer(callbacks=[first, second])
     new = make_trainer(callbacks=[At("on_batch_end", 1, stop), one, two])
-    load_run_state(new.run, copy_to_host(run_state(old.run)))
+    load_own_state(new.run, copy_to_host(run_state(old.run)))
     assert (one.best, two.best) == (0.1, 0.2)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LiveWidgets', 'live_widgets']
 
-# %% ../../nbs/notebook/90_api.ipynb #api-002
+# %% ../../nbs/notebook/90_api.ipynb #api-003
 from .kernel import LiveWidgets, live_widgets
 
 _all_ = ["LiveWidgets", "live_widgets"]

@@ -276,6 +276,7 @@ def save_in_background(
     state: dict[str, Any],
     path: str | os.PathLike,
     before: Path | None = None,
+    first: Callable[[Path], Any] = lambda path: None,
     then: Callable[[Path], Any] = lambda path: None,
 ) -> Future[Path]:
     """Copy a state now, and write it on another thread.
@@ -288,8 +289,9 @@ def save_in_background(
         The file. It is replaced in a single step, or left as it was.
     before
         Where to keep the file being replaced; None discards it.
-    then
-        Called with the path, on the writer thread, once the file is in place.
+    first, then
+        Called with the path, on the writer thread, before the file is written and once it is in
+        place.
 
     Returns
     -------
@@ -300,6 +302,7 @@ def save_in_background(
     content = copy_to_host(plain(state))
 
     def write() -> Path:
+        first(Path(path))
         written = save_file(content, path, before)
         then(written)
         return written

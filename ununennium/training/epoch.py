@@ -14,6 +14,7 @@ import torch
 from ..metrics import WeightedMean
 from .batches import AccumulationWindows, MicroBatch
 from .loader import ResumableLoader
+from .lockstep import Lockstep, next_window
 from .messages import warn
 from .parts import EMPTY_HINT
 from .step import Step
@@ -29,10 +30,9 @@ class OpenEpoch:
     Parameters
     ----------
     windows
-        The windows that remain to be read; None if the epoch comes from a file or its iterator was
-        dropped, and it was not entered since.
+        The windows that remain to be read; None if the epoch has to be entered again first.
     position
-        Where to resume the loader in that case; see `ResumableLoader.state`.
+        Where to resume the loader then; see `ResumableLoader.state`.
     window
         The batches that were read, but whose step is not done.
     means
@@ -41,6 +41,8 @@ class OpenEpoch:
         Batches done, and how many of them had no valid pixel.
     is_broken
         Whether the loader raised an error and its iterator was dropped.
+    lockstep, example
+        Keeps ranks in step, and the latest batch with a valid pixel, for a rank to imitate.
     """
 
     windows: AccumulationWindows | None = None
@@ -50,9 +52,15 @@ class OpenEpoch:
     batches: int = 0
     empty: int = 0
     is_broken: bool = False
+    lockstep: Lockstep = field(default_factory=Lockstep)
+    example: MicroBatch | None = None
 
     def next_window(self) -> list[MicroBatch]:
         """Return the next window to train on, an empty list at the end of the loader."""
+        return next_window(self.lockstep, self)
+
+    def read_window(self) -> list[MicroBatch]:
+        """Return the next window of this rank, an empty list at the end of its loader."""
         assert self.windows is not None
         self.window = self.window or self.windows.read()
         return self.window
@@ -66,6 +74,9 @@ class OpenEpoch:
             for name, value in batch.losses.items():
                 mean = self.means.setdefault(name, WeightedMean())
                 mean.update(value, batch.weight, step.stepped)
+
+        if self.lockstep.ranks.size > 1:
+            self.example = next((batch for batch in step.used if not batch.is_idle), self.example)
 
     def require_closed(self) -> None:
         """Raise a `RuntimeError` if the window is still open after its step."""
@@ -106,14 +117,20 @@ def load_epoch(state: dict[str, Any], device: torch.device) -> OpenEpoch:
     return epoch
 
 # %% ../../nbs/training/62_epoch.ipynb #epoch-018
+def totals(epoch: OpenEpoch) -> list[float]:
+    """Return how many batches are done, and how many of them were empty, over all ranks."""
+    return epoch.lockstep.ranks.sum([epoch.batches, epoch.empty])
+
+
 def warn_of_gaps(epoch: OpenEpoch, number: int) -> None:
-    """Warn if the loader may have lost a batch, or if no batch had a valid pixel."""
+    """Warn if the loader may have lost a batch, or if no batch of any rank had a valid pixel."""
+    batches, empty = totals(epoch)
     if epoch.windows is not None and epoch.windows.raised:
         warn(
             f"train_loader raised an error on the way, so epoch {number + 1}, of "
             f"{epoch.batches} batches, may lack one or more."
         )
-    if epoch.empty == epoch.batches:
+    if empty == batches:
         warn(
             f"No batch of train_loader has a valid pixel in epoch {number + 1}: nothing was "
             "learned."
@@ -130,6 +147,6 @@ def check_end(epoch: OpenEpoch, number: int) -> None:
     number
         The epoch's number, counted from 0.
     """
-    if not epoch.batches:
+    if not totals(epoch)[0]:
         raise ValueError(f"train_loader gave no batch in epoch {number + 1}. {EMPTY_HINT}")
     warn_of_gaps(epoch, number)

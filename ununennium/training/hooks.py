@@ -113,6 +113,16 @@ class RunStatus(Protocol):
         """Whether the run was asked to stop."""
         ...
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is rank 0, which alone writes and prints."""
+        ...
+
+    @property
+    def clock(self) -> float:
+        """Seconds on a clock that is the same on all ranks."""
+        ...
+
 # %% ../../nbs/training/25_hooks.ipynb #hooks-011
 class RunView(RunParts, RunStatus, Protocol):
     """What a callback may read and ask of a trainer; the type of every hook's first parameter."""
@@ -129,6 +139,10 @@ class RunView(RunParts, RunStatus, Protocol):
         """Let a paused run continue."""
         ...
 
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank. All ranks have to call it."""
+        ...
+
     def unpack(self, batch: Any) -> tuple[Any, Any]:
         """Split a batch into the model's input and the loss's target."""
         ...
@@ -142,6 +156,7 @@ class RunView(RunParts, RunStatus, Protocol):
         path: str | Path,
         *,
         before: Path | None = None,
+        first: Callable[[Path], Any] = ...,
         then: Callable[[Path], Any] = ...,
     ) -> Future[Path]:
         """Copy the state now and write it while training continues."""

@@ -326,10 +326,12 @@ class ResumableLoader:
         Anything that can be iterated once per epoch. It stays as it is.
     max_ahead
         How many batches may have been read but not be done; 0 if every epoch is read to its end.
+    source
+        What the loader was made from, for whoever wants to compare it.
     """
 
-    def __init__(self, loader: Any, max_ahead: int = 1) -> None:
-        self.loader, self.max_ahead = loader, max_ahead
+    def __init__(self, loader: Any, max_ahead: int = 1, source: Any = None) -> None:
+        self.loader, self.max_ahead, self.source = loader, max_ahead, source
         self.iterator: LoaderIterator | None = None  # of this epoch, or of the last one
         self.loaded: dict[int, Any] = {}  # the workers' states from a file
 

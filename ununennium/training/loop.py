@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..distributed import gradient_exchange
 from .batches import MicroBatch
 from .epoch import OpenEpoch
 from .hooks import Hooks, RunView
+from .lockstep import follow
 from .run import Run, close_epoch, count_step, end_of_loader, enter_epoch
-from .run import hold_while_paused, make_stepper, note_random_state
+from .run import hold_while_paused, listeners_of, make_stepper, note_random_state
 from .session import session
 
 # %% auto #0
@@ -30,7 +32,7 @@ class Loop:
     """
 
     def __init__(self, run: Run, trainer: RunView) -> None:
-        self.run, self.trainer, self.hooks = run, trainer, Hooks(run.callbacks, trainer)
+        self.run, self.trainer, self.hooks = run, trainer, Hooks(listeners_of(run), trainer)
         self.stepper = make_stepper(run)
 
     def fit(self) -> None:
@@ -38,7 +40,7 @@ class Loop:
         progress = self.run.progress
         with session(self.run, self.stepper, self.hooks):  # restores everything
             self.hooks.call("on_train_start")
-            while progress.epoch < self.run.goal and not progress.should_stop:
+            while progress.epoch < self.run.goal and not self.run.lockstep.should_stop():
                 self.epoch()
 
     def epoch(self) -> None:
@@ -80,9 +82,10 @@ class Loop:
         """Add a batch's share to the gradient; return its losses."""
         if batch.is_empty:
             return {}
-        with self.run.task.precision.autocast():
-            batch.losses = self.losses(batch)
-        self.stepper.backward(batch.losses["loss"], batch.share)
+        with gradient_exchange(self.stepper.ddp, batch.is_last):
+            with self.run.task.precision.autocast():
+                batch.losses = self.losses(batch)
+            self.stepper.backward(batch.losses["loss"], batch.share)
         return batch.detach_losses("train_")
 
     def losses(self, batch: MicroBatch) -> dict[str, Tensor]:
@@ -100,15 +103,17 @@ class Loop:
     def validate(self) -> dict[str, float] | None:
         """Return the validation scores: {} without a loader, None if asked to stop."""
         run = self.run
-        if run.val_loader is None:
+        if not run.lockstep.validates:
             return {}
         note_random_state(run)  # for a file that is written during validation
-        scores = run.evaluator.score(run.loader("val"), lambda: self.asked_to_stop("validate"))
+        batches = follow(run.lockstep, run.loader("val"))
+        scores = run.evaluator.score(batches, lambda: self.asked_to_stop("validate"))
         run.random = run.random if scores is None else None
         return scores
 
     def asked_to_stop(self, phase: str) -> bool:
         """Let callbacks save, pause or stop the run here; return whether it should stop."""
         self.hooks.call("on_safepoint", phase)
+        self.run.lockstep.at_safepoint(self.run.open if phase == "train" else None)
         hold_while_paused(self.run, self.hooks.call)
         return self.run.progress.should_stop

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed import find_ranks, share_buffers, without_padding
 from ..metrics import MetricSet
 from .batches import AccumulationWindows
 from .config import TrainerConfig
-from .epoch import OpenEpoch, check_end
+from .epoch import OpenEpoch, check_end, totals
 from .evaluate import Evaluator
+from .hooks import is_display
 from .loader import ResumableLoader, owners_of
+from .lockstep import Lockstep
 from .messages import warn
 from .modes import TrainingModes
 from .parts import check_parts
@@ -42,9 +45,9 @@ class Run:
     ----------
     config, task, evaluator, optimizer, schedule, train_loader, val_loader, callbacks
         What the user passed, each with what the run needs to know about it.
-    modes, skips, built
-        The modules that stay in evaluation mode, the skipped steps, and the optimizer's settings as
-        they were built.
+    modes, skips, built, lockstep
+        The modules that stay in evaluation mode, the skipped steps, the optimizer's settings as
+        they were built, and what keeps several processes in step.
     progress, goal
         How far the run has come, and the epoch at which this `fit` ends.
     open
@@ -70,6 +73,7 @@ class Run:
     modes: TrainingModes
     skips: SkippedSteps
     built: list[dict[str, Any]]
+    lockstep: Lockstep
     progress: Progress = field(default_factory=Progress)
     goal: int = 0
     open: OpenEpoch | None = None
@@ -91,9 +95,10 @@ class Run:
     def loader(self, name: str) -> ResumableLoader:
         """Return the reader of the `"train"` or the `"val"` loader."""
         loader = self.train_loader if name == "train" else self.val_loader
-        if name not in self.loaders or self.loaders[name].loader is not loader:
+        if name not in self.loaders or self.loaders[name].source is not loader:
             ahead = self.config.accumulation_steps if name == "train" else 0
-            self.loaders[name] = ResumableLoader(loader, ahead)
+            own = loader if self.lockstep.ranks.size == 1 else without_padding(loader)
+            self.loaders[name] = ResumableLoader(own, ahead, loader)
         return self.loaders[name]
 
 # %% ../../nbs/training/65_run.ipynb #run-007
@@ -113,13 +118,13 @@ def build_run(
     """Check the parts of a run and put them together; see `Trainer` for the parameters."""
     check_parts(model, optimizer, loss_fn, train_loader, val_loader, scheduler, callbacks, config)
     config = config or TrainerConfig()
-    task = Task(model, loss_fn, config, methods)
+    task, ranks, progress = Task(model, loss_fn, config, methods), find_ranks(), Progress()
     if optimizer.state:
         optimizer.load_state_dict(optimizer.state_dict())  # moves it to the model's device
     return Run(
         config=config,
         task=task,
-        evaluator=Evaluator(task, metrics),
+        evaluator=Evaluator(task, metrics, ranks),
         optimizer=optimizer,
         schedule=Schedule(scheduler, config),
         train_loader=train_loader,
@@ -128,10 +133,18 @@ def build_run(
         modes=TrainingModes(task.model),
         skips=SkippedSteps(config.max_skipped_steps),
         built=group_settings(optimizer),
+        lockstep=Lockstep(ranks, progress),
+        progress=progress,
         goal=config.epochs,
     )
 
 # %% ../../nbs/training/65_run.ipynb #run-014
+def listeners_of(run: Run) -> list[Any]:
+    """Return the callbacks to call: all on rank 0, and all but displays on the others."""
+    is_main = run.lockstep.ranks.is_main
+    return [callback for callback in run.callbacks if is_main or not is_display(callback)]
+
+# %% ../../nbs/training/65_run.ipynb #run-016
 def random_owners(run: Run) -> list[Any]:
     """Return the objects whose random generators belong to the run."""
     return [*owners_of(run.train_loader), *owners_of(run.val_loader), run.task.model]
@@ -141,7 +154,7 @@ def note_random_state(run: Run) -> None:
     """Note the random states, to be restored when training continues."""
     run.random = random_state(*random_owners(run))
 
-# %% ../../nbs/training/65_run.ipynb #run-015
+# %% ../../nbs/training/65_run.ipynb #run-017
 def restore_random_state(run: Run) -> None:
     """Restore the noted random states, or seed a run that has not begun."""
     if run.random is not None:
@@ -150,7 +163,7 @@ def restore_random_state(run: Run) -> None:
     elif run.config.seed is not None and run.progress.epoch == run.global_step == run.batch == 0:
         seed_all(run.config.seed)
 
-# %% ../../nbs/training/65_run.ipynb #run-020
+# %% ../../nbs/training/65_run.ipynb #run-022
 def announce_epoch(loader: Any, number: int) -> None:
     """Call `set_epoch` on a loader, its sampler and its batch sampler, where they have it."""
     samplers = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
@@ -158,7 +171,7 @@ def announce_epoch(loader: Any, number: int) -> None:
         if set_epoch := getattr(part, "set_epoch", None):
             set_epoch(number)
 
-# %% ../../nbs/training/65_run.ipynb #run-023
+# %% ../../nbs/training/65_run.ipynb #run-025
 def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     """Return the open epoch; begin or resume it first if necessary. `call` calls a hook."""
     if run.open is not None and run.open.windows is not None:
@@ -179,11 +192,12 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
             )
             epoch.is_broken = False
     size = run.config.accumulation_steps
+    epoch.lockstep = run.lockstep
     epoch.windows = AccumulationWindows(batches, size, run.task.prepare, epoch.batches)
     run.open = epoch
     return epoch
 
-# %% ../../nbs/training/65_run.ipynb #run-028
+# %% ../../nbs/training/65_run.ipynb #run-030
 def count_step(run: Run, step: Step) -> None:
     """Count a step that was taken or skipped; a window without a valid pixel is no step."""
     if step.norm is None:
@@ -192,20 +206,21 @@ def count_step(run: Run, step: Step) -> None:
     run.schedule.after_step(step.stepped)
     run.skips.note(step, run.progress.global_step, run.progress.epoch)
 
-# %% ../../nbs/training/65_run.ipynb #run-031
+# %% ../../nbs/training/65_run.ipynb #run-033
 def make_stepper(run: Run) -> Stepper:
     """Return what turns a window of batches into one guarded optimizer step of this run."""
     task, clip = run.task, run.config.gradient_clip
     return Stepper(task.model, run.optimizer, task.precision, clip)
 
-# %% ../../nbs/training/65_run.ipynb #run-034
+# %% ../../nbs/training/65_run.ipynb #run-036
 def hold_while_paused(run: Run, call: Callable[..., None]) -> None:
     """Wait until a requested pause has ended, or a stop is requested; `call` calls a hook."""
-    while run.progress.pause_requested and not run.progress.should_stop:
+    while run.lockstep.is_paused and not run.progress.should_stop:
         time.sleep(0.05)  # seconds; a click in a pause is answered within this time
         call("on_safepoint", "paused")
+        run.lockstep.at_safepoint()
 
-# %% ../../nbs/training/65_run.ipynb #run-037
+# %% ../../nbs/training/65_run.ipynb #run-039
 def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
     """Close an epoch and return its learning rate and counts; warn about skipped steps."""
     uncounted, scaler = run.skips.uncounted(), run.task.precision.scaler
@@ -216,17 +231,18 @@ def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
     return {
         "lr": float(run.optimizer.param_groups[0]["lr"]),
         "train_skipped_steps": float(skipped),
-        "train_empty_batches": float(epoch.empty),
+        "train_empty_batches": float(totals(epoch)[1]),
     }
 
-# %% ../../nbs/training/65_run.ipynb #run-038
+# %% ../../nbs/training/65_run.ipynb #run-040
 def end_of_loader(run: Run, epoch: OpenEpoch) -> None:
     """Check an epoch whose loader has ended; discard it if there was no batch."""
-    if not epoch.batches:
+    share_buffers(run.lockstep.ranks, run.task.model)
+    if not totals(epoch)[0]:
         run.open = None  # a later fit begins it again
     check_end(epoch, run.progress.epoch)
 
-# %% ../../nbs/training/65_run.ipynb #run-041
+# %% ../../nbs/training/65_run.ipynb #run-043
 class RunFacts:
     """The facts of a run that callbacks and users may read, and the requests they may make.
 
@@ -351,6 +367,20 @@ class RunFacts:
     def should_stop(self, stop: bool) -> None:
         reason = self.stop_reason or "should_stop was set"
         self.run.progress.stop_reason = reason if stop else None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is rank 0, which alone writes and prints."""
+        return self.run.lockstep.ranks.is_main
+
+    @property
+    def clock(self) -> float:
+        """Seconds on a clock that is the same on all ranks: what it decides, all decide."""
+        return self.run.lockstep.clock
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank. All ranks have to call it."""
+        return self.run.lockstep.any(flag)
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to stop after the current step. The first reason is kept."""

@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..distributed import Ranks
 from .checkpoint import CheckpointError, copy_to_host, finish_writing
-from .checkpoint import load_file, newest_first, save_file
+from .checkpoint import load_file, newest_first, save_file, save_in_background
 from .epoch import epoch_state, load_epoch
 from .messages import add_hint, warn
 from .restore import check_tensors, group_settings, load_model
@@ -124,8 +129,9 @@ def restore_workers(run: Run, saved: dict[str, Any]) -> None:
 
 def restore_random(run: Run, saved: dict[str, Any]) -> None:
     """Remember the random states for when training continues; raise if they cannot be set."""
-    with random_state_kept():
-        set_random_state(saved["random"])
+    if saved["random"] is not None:
+        with random_state_kept():
+            set_random_state(saved["random"])
     run.random = saved["random"]
 
 # %% ../../nbs/training/75_saving.ipynb #saving-026
@@ -158,17 +164,75 @@ PARTS = {
 }
 
 # %% ../../nbs/training/75_saving.ipynb #saving-027
-def run_state(run: Run) -> dict[str, Any]:
-    """Return everything that a run needs to continue elsewhere, in the form of a checkpoint."""
+def own_state(run: Run) -> dict[str, Any]:
+    """Return what this process needs to continue elsewhere."""
     return {"format": FORMAT} | {name: part.read(run) for name, part in PARTS.items()}
 
 
-def load_run_state(run: Run, saved: dict[str, Any]) -> None:
-    """Restore a run from what `run_state` returned or a file holds."""
+def load_own_state(run: Run, saved: dict[str, Any]) -> None:
+    """Restore this process from what `own_state` returned."""
     for part in PARTS.values():
         part.restore(run, saved)
 
 # %% ../../nbs/training/75_saving.ipynb #saving-030
+RANK_PARTS = ("open", "workers", "random")
+
+
+def run_state(run: Run) -> dict[str, Any]:
+    """Return everything that a run needs to continue elsewhere, in the form of a checkpoint.
+
+    All ranks have to call it.
+    """
+    state = own_state(run)
+    if run.lockstep.ranks.size == 1:
+        return state
+    if run.lockstep.is_broken:
+        raise CheckpointError(
+            "A rank has failed, so the states of the ranks cannot be collected. The last file that "
+            "was written stays."
+        )
+    found = run.lockstep.ranks.gather({name: state[name] for name in RANK_PARTS})
+    return state | {"others": found[1:]}
+
+# %% ../../nbs/training/75_saving.ipynb #saving-033
+def save_run(run: Run, path: str | Path) -> Path:
+    """Write all that a run needs to continue; see `Trainer.save_checkpoint`."""
+    finish_writing()  # it may be the same file
+    state = run_state(run)
+    return run.lockstep.ranks.on_main(lambda: save_file(state, path))
+
+
+def save_run_in_background(
+    run: Run,
+    path: str | Path,
+    before: Path | None,
+    first: Callable[[Path], Any],
+    then: Callable[[Path], Any],
+) -> Future[Path]:
+    """Copy what a run needs to continue, and write it; see `Trainer.save_in_background`."""
+    state = run_state(run)
+    if run.lockstep.ranks.is_main:
+        return save_in_background(state, path, before, first, then)
+    done: Future[Path] = Future()
+    done.set_result(Path(path))
+    return done
+
+# %% ../../nbs/training/75_saving.ipynb #saving-036
+def state_of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
+    """Return a file's state for one rank of `size`; warn if the file is from another number."""
+    parts = [{name: saved[name] for name in RANK_PARTS}, *saved.get("others", ())]
+    if len(parts) == size:
+        return saved | parts[rank]
+    if rank == 0:
+        again = " The open epoch begins again." if saved["open"] else ""
+        warn(
+            f"The file was written by {len(parts)} processes, and this run has {size}, so random "
+            f"numbers differ.{again}"
+        )
+    random = parts[rank]["random"] if rank < len(parts) else None
+    return saved | {"open": None, "workers": {}, "random": random}
+
+# %% ../../nbs/training/75_saving.ipynb #saving-039
 def check_format(saved: dict[str, Any], path: str | Path) -> None:
     """Raise a `CheckpointError` if a file was written by another program or a later version."""
     if missing := sorted({"format", "checksum", *PARTS} - saved.keys()):
@@ -183,7 +247,7 @@ def check_format(saved: dict[str, Any], path: str | Path) -> None:
             "was loaded. Use the version that wrote it."
         )
 
-# %% ../../nbs/training/75_saving.ipynb #saving-033
+# %% ../../nbs/training/75_saving.ipynb #saving-042
 def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a state whose callbacks know that their folder is where the file is."""
 
@@ -195,7 +259,7 @@ def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
 
     return saved | {"callbacks": [[kind, here(memory)] for kind, memory in saved["callbacks"]]}
 
-# %% ../../nbs/training/75_saving.ipynb #saving-036
+# %% ../../nbs/training/75_saving.ipynb #saving-045
 def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
     """Restore a run from a loaded file; if anything fails, leave it as it was.
 
@@ -213,20 +277,21 @@ def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
         )
     check_format(saved, path)
     check_tensors(saved["model"], model_state(run.task.model), path)
-    before = copy_to_host(run_state(run))
+    saved = state_of_rank(saved, run.lockstep.ranks.rank, run.lockstep.ranks.size)
+    before = copy_to_host(own_state(run))
     position = run.open, run.random, run.loaders, run.progress.stop_reason
     try:
-        load_run_state(run, relocated(saved, Path(path)))
+        load_own_state(run, relocated(saved, Path(path)))
     except Exception as error:
         run.optimizer.load_state_dict(before["optimizer"])  # first, as the file's may not fit it
-        load_run_state(run, before)
+        load_own_state(run, before)
         run.open, run.random, run.loaders, run.progress.stop_reason = position
         raise CheckpointError(
             f"{path} does not fit this trainer ({error}). The trainer is as it was. Build it with "
             "the model, optimizer and scheduler of the run that wrote the file."
         ) from error
 
-# %% ../../nbs/training/75_saving.ipynb #saving-041
+# %% ../../nbs/training/75_saving.ipynb #saving-050
 def most_advanced(path: Path, saved: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Return a file, or the `last.pt` beside it if that one is further ahead."""
 
@@ -249,7 +314,51 @@ def position_text(run: Run) -> str:
     where = f"batch {run.batch} of epoch {number + 1}" if run.batch else f"after epoch {number}"
     return f"{where}, step {run.global_step}"
 
-# %% ../../nbs/training/75_saving.ipynb #saving-044
+# %% ../../nbs/training/75_saving.ipynb #saving-053
+def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
+    """Return the newest intact checkpoint in a folder with its content; None if there is no file.
+
+    Raises
+    ------
+    CheckpointError
+        If all files are damaged, or `dirpath` is a file.
+    """
+    finish_writing()
+    if Path(dirpath).is_file():
+        raise CheckpointError(
+            f"{dirpath} is a file. Pass its folder, or load_checkpoint({str(dirpath)!r})."
+        )
+    files = newest_first(dirpath)
+    for path in files:
+        try:
+            return most_advanced(path, load_file(path))
+        except CheckpointError as error:
+            warn(f"{path.name} is left out. {error}")
+    if not files:
+        return None, {}
+    raise CheckpointError(
+        f"All checkpoints in {dirpath} are damaged: {', '.join(path.name for path in files)}. "
+        "Nothing was loaded; to start from scratch, use another folder."
+    )
+
+# %% ../../nbs/training/75_saving.ipynb #saving-056
+def read_on_main(
+    ranks: Ranks, read: Callable[[], tuple[Path | None, dict[str, Any]]]
+) -> tuple[Path | None, dict[str, Any]]:
+    """Read a file on rank 0, and return its path and content on all ranks."""
+    if ranks.size == 1:
+        return read()
+
+    def packed() -> tuple[Path | None, bytes]:
+        path, saved = read()
+        content = io.BytesIO()
+        torch.save(saved, content)
+        return path, content.getvalue()
+
+    path, content = ranks.on_main(packed)
+    return path, torch.load(io.BytesIO(content), weights_only=True)
+
+# %% ../../nbs/training/75_saving.ipynb #saving-057
 def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Path | None:
     """Restore a run from the newest intact checkpoint in a folder; see `Trainer.resume`.
 
@@ -267,26 +376,10 @@ def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Pa
     CheckpointError
         If all files are damaged, the newest intact one does not fit, or `dirpath` is a file.
     """
-    finish_writing()
-    if Path(dirpath).is_file():
-        raise CheckpointError(
-            f"{dirpath} is a file. Pass its folder, or load_checkpoint({str(dirpath)!r})."
-        )
-    files = newest_first(dirpath)
-    if not files:
+    path, saved = read_on_main(run.lockstep.ranks, lambda: newest_intact(dirpath))
+    if path is None:
         announce(f"No checkpoint in {dirpath}; starting from scratch.")
         return None
-    for path in files:
-        try:
-            saved = load_file(path)
-        except CheckpointError as error:
-            warn(f"{path.name} is left out. {error}")
-            continue
-        path, saved = most_advanced(path, saved)
-        take_over(run, saved, path)
-        announce(f"Resuming from {path} ({position_text(run)}).")
-        return path
-    raise CheckpointError(
-        f"All checkpoints in {dirpath} are damaged: {', '.join(path.name for path in files)}. "
-        "Nothing was loaded; to start from scratch, use another folder."
-    )
+    take_over(run, saved, path)
+    announce(f"Resuming from {path} ({position_text(run)}).")
+    return path

@@ -133,6 +133,10 @@ def prepare(run: Run, stepper: Stepper) -> None:
     """Check loaders and schedule for the epochs to come; forget old requests and gradients."""
     check_loaders(run)
     run.progress.clear_requests()
+    run.lockstep.is_ahead = False
+    run.lockstep.is_broken = False
+    run.lockstep.at_safepoint()
+    run.lockstep.validates = run.lockstep.any(run.val_loader is not None)
     stepper.clear()
     epochs = run.goal - run.progress.epoch
     run.schedule.check_length(epochs, num_batches(run.train_loader), run.batch)
@@ -172,9 +176,10 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
         try:
             restore_random_state(run)
             yield
-            if interrupted:
+            if run.lockstep.any(bool(interrupted)):
                 hooks.call("on_exception", KeyboardInterrupt(), to_all=True)
         except BaseException as error:
+            run.lockstep.is_broken = run.lockstep.ranks.size > 1
             abandon_window(run, stepper, error)
             hooks.call("on_exception", error, to_all=True)
             if not isinstance(error, KeyboardInterrupt):

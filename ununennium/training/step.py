@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, _foreach_copy_, _foreach_mul_, _foreach_norm, nn  # pyright: ignore
 
+from ..distributed import find_ddp
 from .batches import MicroBatch
 from .precision import Precision
 
@@ -214,10 +215,9 @@ class Stepper:
         precision: Precision,
         clip: float | None,
     ) -> None:
-        self.precision = precision
-        self.clip = clip or 0.0
+        self.precision, self.clip = precision, clip or 0.0
         self.gradients = Gradients(model, optimizer)
-        self.guarded = GuardedOptimizer(model, optimizer)
+        self.guarded, self.ddp = GuardedOptimizer(model, optimizer), find_ddp(model)
 
     def begin(self) -> None:
         """Remember what a skipped step must not change."""
@@ -246,6 +246,8 @@ class Stepper:
         self.precision.unscale(self.guarded.optimizer)
         norm = clip_gradients(gradients, self.clip)
         stepped = self.guarded.step(norm)
+        if all(batch.is_idle for batch in used):
+            self.guarded.buffers.restore()
         self.precision.update()
         self.clear()
         return Step(used, norm, stepped)

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from .check import Problems, check
-from .checkpoint import finish_writing, load_file, save_file, save_in_background
+from .checkpoint import load_file
 from .config import TrainerConfig
 from .hooks import Display, Hooks
 from .loop import Loop
 from .messages import warn, whole_number
 from .progress import default_display, find_dashboard
 from .restore import unwrap
-from .run import RunFacts, build_run
-from .saving import resume, run_state, take_over
+from .run import RunFacts, build_run, listeners_of
+from .saving import read_on_main, resume, save_run, save_run_in_background
+from .saving import take_over
 
 # %% auto #0
 __all__ = ['Trainer']
@@ -84,7 +85,7 @@ class Trainer(RunFacts):
         parts = (model, optimizer, loss_fn, train_loader, val_loader, scheduler, callbacks, config)
         super().__init__(build_run(*parts, metrics=metrics, methods=self))
         display = default_display(self.config.progress, self.callbacks)
-        if display is not None:
+        if display is not None and self.is_main:
             self.callbacks.append(display)
 
     def __repr__(self) -> str:
@@ -153,14 +154,14 @@ class Trainer(RunFacts):
 
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write all that the run needs to continue; a file is replaced as a whole or not at all."""
-        finish_writing()  # it may be the same file
-        return save_file(run_state(self.run), path)
+        return save_run(self.run, path)
 
     def save_in_background(
         self,
         path: str | Path,
         *,
         before: Path | None = None,
+        first: Callable[[Path], Any] = lambda path: None,
         then: Callable[[Path], Any] = lambda path: None,
     ) -> Future[Path]:
         """Copy what the run needs to continue, and write it while training continues.
@@ -171,15 +172,15 @@ class Trainer(RunFacts):
             The file. It is replaced as a whole, or left as it was.
         before
             Where to keep the file being replaced; None discards it.
-        then
-            Called with the path, on the writer thread, once the file is in place.
+        first, then
+            Called with the path on the writer thread, before and after the file is written.
 
         Returns
         -------
         Future
             Its `result()` waits and returns the path, or raises a `CheckpointError`.
         """
-        return save_in_background(run_state(self.run), path, before, then)
+        return save_run_in_background(self.run, path, before, first, then)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Restore the run from a file: state from the file, settings from this trainer.
@@ -194,7 +195,8 @@ class Trainer(RunFacts):
         CheckpointError
             If the file is damaged or does not fit. The trainer then stays as it was.
         """
-        take_over(self.run, load_file(path), path)
+        _, saved = read_on_main(self.run.lockstep.ranks, lambda: (None, load_file(path)))
+        take_over(self.run, saved, path)
 
     def resume(self, dirpath: str | Path) -> Path | None:
         """Restore the run from the newest intact checkpoint in a folder, and return its path.
@@ -210,4 +212,6 @@ class Trainer(RunFacts):
         CheckpointError
             If all files are damaged, or the newest intact one does not fit this trainer.
         """
-        return resume(self.run, Path(dirpath).expanduser(), Hooks(self.callbacks, self).announce)
+        return resume(
+            self.run, Path(dirpath).expanduser(), Hooks(listeners_of(self.run), self).announce
+        )
