@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ununennium import Callback, Trainer, TrainerConfig
 from ununennium.training.checkpoint import save_file
@@ -146,6 +147,29 @@ class AtStep(Callback):
         if self.act and phase == self.phase and trainer.global_step == self.step:
             act, self.act = self.act, None
             act(trainer)
+
+
+SCHEDULERS = {
+    "none": None,
+    "step": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.3),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=36),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 4)], [2]
+    ),
+}
+
+
+def shuffled(callbacks=(), own_generator=False):
+    generator = torch.Generator().manual_seed(3) if own_generator else None
+    data = make_batches(8)
+    return make_trainer(
+        DataLoader(data, batch_size=None, shuffle=True, generator=generator),
+        DataLoader(make_batches(2), batch_size=None, shuffle=True), seed=1, epochs=3,
+        model=nn.Sequential(nn.Dropout(0.3), small_net()), callbacks=callbacks,
+    )  # fmt: skip
 
 
 def stop(trainer):

@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.utils.data import DataLoader
 
 from small import (
     HOOKS,
@@ -24,7 +22,7 @@ from small import (
     raising,
     same_history,
     same_state,
-    small_net,
+    shuffled,
     start_process,
     stop,
 )
@@ -117,16 +115,6 @@ def test_should_stop_can_be_set():
     assert trainer.epoch == 1
     trainer.should_stop = False
     assert trainer.stop_reason is None
-
-
-def shuffled(callbacks=(), own_generator=False):
-    generator = torch.Generator().manual_seed(3) if own_generator else None
-    data = make_batches(8)
-    return make_trainer(
-        DataLoader(data, batch_size=None, shuffle=True, generator=generator),
-        DataLoader(make_batches(2), batch_size=None, shuffle=True), seed=1, epochs=3,
-        model=nn.Sequential(nn.Dropout(0.3), small_net()), callbacks=callbacks,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("own_generator", [False, True])

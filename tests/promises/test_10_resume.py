@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -24,6 +23,7 @@ from torch.utils.data import (
 )
 
 from small import (
+    SCHEDULERS,
     AtStep,
     assert_same,
     make_batches,
@@ -349,19 +349,6 @@ def test_another_kind_of_loader_warns(tmp_path):
 
 
 # At the end of an epoch, with every kind of scheduler.
-
-
-SCHEDULERS = {
-    "none": None,
-    "step": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.3),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
-    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=36),
-    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
-    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "sequence": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 4)], [2]
-    ),
-}
 
 
 def make_run(scheduler, own_generator, callbacks=()):

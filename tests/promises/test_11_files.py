@@ -11,6 +11,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from small import (
+    SCHEDULERS,
     At,
     Hostile,
     assert_same,
@@ -26,19 +27,6 @@ from small import (
 from ununennium import Callback, CheckpointCallback, CheckpointError, EarlyStopping
 
 # State from the file, settings from the user.
-
-
-SCHEDULERS = {
-    "none": None,
-    "step": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.3),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
-    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=36),
-    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
-    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "sequence": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 4)], [2]
-    ),
-}
 
 
 def test_settings_come_from_the_caller(tmp_path):

@@ -1,11 +1,17 @@
 """14 · Hooks: in order, before and after the history is written, and to the end."""
 
 import pytest
-import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
-from small import HOOKS, At, boom, make_batches, make_trainer, raising, same_state, small_net
+from small import (
+    HOOKS,
+    At,
+    boom,
+    make_batches,
+    make_trainer,
+    raising,
+    same_state,
+    shuffled,
+)
 from ununennium import Callback, CheckpointCallback
 
 
@@ -92,16 +98,6 @@ def test_an_error_in_on_scores_does_not_cost_the_record_of_the_epoch(tmp_path):
     with pytest.raises(RuntimeError, match="boom"):
         make_trainer(callbacks=callbacks).fit(2)
     assert (tmp_path / "last.pt").exists()
-
-
-def shuffled(callbacks=(), own_generator=False):
-    generator = torch.Generator().manual_seed(3) if own_generator else None
-    data = make_batches(8)
-    return make_trainer(
-        DataLoader(data, batch_size=None, shuffle=True, generator=generator),
-        DataLoader(make_batches(2), batch_size=None, shuffle=True), seed=1, epochs=3,
-        model=nn.Sequential(nn.Dropout(0.3), small_net()), callbacks=callbacks,
-    )  # fmt: skip
 
 
 def test_validating_in_a_hook_changes_nothing():
