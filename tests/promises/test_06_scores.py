@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from small import make_batches, make_trainer, small_net
-from ununennium import ConfusionMatrix
+from ununennium import Callback, ConfusionMatrix
 
 
 @settings(deadline=None, max_examples=30)
@@ -106,3 +106,12 @@ def test_scores_that_come_later_have_nan_before():
     assert [math.isnan(value) for value in history["val_loss"]] == [True, True, False]
     trainer.val_loader = None
     assert [math.isnan(value) for value in trainer.fit(1)["val_IoU"]] == [True, True, False, True]
+
+
+def test_a_validation_loader_may_come_and_go_during_a_fit():
+    class Switch(Callback):
+        def on_epoch_start(self, trainer, epoch):
+            trainer.val_loader = make_batches(2) if epoch == 1 else None
+
+    history = make_trainer(callbacks=[Switch()]).fit(3)
+    assert [math.isnan(value) for value in history["val_loss"]] == [True, False, True]

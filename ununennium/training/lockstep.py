@@ -117,7 +117,6 @@ class Lockstep:
         self.mine, self.note = Note(), Note()
         self.is_ahead = False  # the note is about a window that was not taken yet
         self.is_broken = False  # a rank has failed, and the others cannot be reached
-        self.validates = False  # any rank has a validation loader
 
     @property
     def clock(self) -> float:

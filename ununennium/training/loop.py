@@ -103,7 +103,7 @@ class Loop:
     def validate(self) -> dict[str, float] | None:
         """Return the validation scores: {} without a loader, None if asked to stop."""
         run = self.run
-        if not run.lockstep.validates:
+        if not run.lockstep.any(run.val_loader is not None):
             return {}
         note_random_state(run)  # for a file that is written during validation
         batches = follow(run.lockstep, run.loader("val"))

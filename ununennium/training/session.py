@@ -136,7 +136,6 @@ def prepare(run: Run, stepper: Stepper) -> None:
     run.lockstep.is_ahead = False
     run.lockstep.is_broken = False
     run.lockstep.at_safepoint()
-    run.lockstep.validates = run.lockstep.any(run.val_loader is not None)
     stepper.clear()
     epochs = run.goal - run.progress.epoch
     run.schedule.check_length(epochs, num_batches(run.train_loader), run.batch)
