@@ -1,6 +1,7 @@
 """Ranks agree on numbers, exchange gradients once, share buffers and count no sample twice."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -13,15 +14,20 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 
 from processes import on_ranks
 from ununennium.distributed import (
+    Failures,
+    OwnSamples,
+    RankFailed,
     Ranks,
-    WithoutPadding,
+    begin_after,
     exchange_off,
     find_ddp,
     find_ranks,
     gradient_exchange,
+    is_lost_connection,
     mean_over_ranks,
+    own_share,
+    samples_done,
     share_buffers,
-    without_padding,
 )
 from ununennium.metrics import WeightedMean
 
@@ -140,8 +146,8 @@ def test_every_sample_is_counted_once(count, size, shuffle, drop_last):
     samplers = [DistributedSampler(data, size, rank, shuffle, 3, drop_last) for rank in range(size)]
     for sampler in samplers:
         sampler.set_epoch(5)
-    found = [list(WithoutPadding(sampler)) for sampler in samplers]
-    assert [len(part) for part in found] == [len(WithoutPadding(s)) for s in samplers]
+    found = [list(OwnSamples(sampler)) for sampler in samplers]
+    assert [len(part) for part in found] == [len(OwnSamples(s)) for s in samplers]
     assert all(
         part == list(sampler)[: len(part)] for part, sampler in zip(found, samplers, strict=True)
     )
@@ -154,7 +160,7 @@ def test_every_sample_is_counted_once(count, size, shuffle, drop_last):
 def test_a_loader_keeps_its_batches_but_for_the_padding(batch_size):
     sampler = DistributedSampler(range(5), 2, 1, shuffle=False)
     loader = DataLoader(torch.arange(5), batch_size, sampler=sampler)
-    own = without_padding(loader)
+    own = own_share(loader, 2)
     assert own is not loader and [x.tolist() for x in own] == ([[1, 3]] if batch_size else [1, 3])
     assert len(own) == (1 if batch_size else 2)
     assert [x.tolist() for x in loader] == ([[1, 3], [0]] if batch_size else [1, 3, 0])
@@ -171,4 +177,83 @@ def test_other_loaders_stay_as_they_are():
         [data], DataLoader(data), DataLoader(data, sampler=RandomSampler(data)),
         DataLoader(data, batch_sampler=Own(distributed, 2, False)),
     ):  # fmt: skip
-        assert without_padding(loader) is loader
+        assert own_share(loader, 2) is loader
+    assert own_share(None, 1) is None and own_share(None, 2) == []
+    fewer = DataLoader(data, sampler=distributed)
+    assert own_share(fewer, 4) is fewer  # not the ranks of this run
+    assert samples_done(fewer, 3) is None
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 3), (3, 1), (1, 4)])
+@pytest.mark.parametrize("count", [1, 10, 11])
+def test_other_ranks_finish_an_epoch(count, sizes, drop_last):
+    data = torch.arange(count)
+
+    def loaders(size):
+        for rank in range(size):
+            sampler = DistributedSampler(data, size, rank, seed=3, drop_last=drop_last)
+            yield own_share(DataLoader(data, 2, sampler=sampler), size)
+
+    old, new = list(loaders(sizes[0])), list(loaders(sizes[1]))
+    for batches in range(4):
+        seen = [index for x in old for batch in [*x][:batches] for index in batch.tolist()]
+        done = samples_done(old[0], batches)
+        assert len(seen) == done and set(seen) == set(old[0].sampler.order()[:done])
+        for loader in new:
+            begin_after(loader, done)
+        seen += [index for loader in new for batch in loader for index in batch.tolist()]
+        assert len(set(seen)) == len(seen) and new[0].sampler.end <= count
+        assert len(seen) == (new[0].sampler.end if drop_last else count)
+    assert samples_done(old[0], 1, is_over=True) == count
+
+
+def test_the_first_failure_is_explained():
+    store = dist.HashStore()
+    one, two, alone = Failures(store, 1), Failures(store, 2), Failures(None, 0)
+    assert one.first() == "" and "ended without a word" in str(two.explanation())
+    one.report(ValueError("bad.\nmore"))
+    two.report(OSError("later"))
+    assert one.first() == two.first() == "Rank 1 failed: ValueError: bad."
+    assert "This rank, 2, cannot go on" in str(two.explanation())
+    two.begin()
+    assert two.first() == ""
+    two.report(KeyboardInterrupt())
+    assert two.first() == "Rank 2 failed: KeyboardInterrupt."
+    alone.report(OSError())
+    assert alone.first() == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (dist.DistBackendError("NCCL error"), True),
+        (dist.DistNetworkError("the socket has timed out"), True),
+        (RuntimeError("shapes differ"), False),
+        (OSError("gloo"), False),
+        (RankFailed("gloo"), False),
+    ],
+)
+def test_lost_connections(error, is_lost):
+    assert is_lost_connection(error) == is_lost
+
+
+def wait_in_vain():
+    ranks = find_ranks()
+    if ranks.rank == 1:
+        ranks.failures.report(OSError("the archive is gone"))
+        time.sleep(4)  # its process lives on
+        return None
+    found = []
+    for exchange in (lambda: ranks.gather(1), lambda: ranks.sum([1])):
+        try:
+            exchange()
+        except RankFailed as error:
+            found.append(str(error))
+    return found
+
+
+def test_nobody_waits_for_a_rank_that_has_failed():
+    found = on_ranks(2, wait_in_vain)[0]
+    assert len(found) == 2 and all("Rank 1 failed: OSError: the archive" in text for text in found)

@@ -8,10 +8,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import NoneType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,9 +29,77 @@ from .metrics import WeightedMean
 _T = TypeVar("_T")
 
 # %% auto #0
-__all__ = []
+__all__ = ['RankFailed']
 
 # %% ../nbs/20_distributed.ipynb #distributed-008
+class RankFailed(RuntimeError):
+    """Another rank has failed, so this one cannot go on."""
+
+# %% ../nbs/20_distributed.ipynb #distributed-009
+_numbers = itertools.count(1)
+
+
+class Failures:
+    """What ranks leave to each other when they fail.
+
+    Parameters
+    ----------
+    store
+        The store of the process group; None if it has none, as with MPI.
+    rank
+        The number of this process.
+    """
+
+    def __init__(self, store: Any = None, rank: int = 0) -> None:
+        self.store, self.rank, self.number = store, rank, 0
+
+    def begin(self) -> None:
+        """Begin a `fit`: only its failures count from now on."""
+        self.number = next(_numbers)
+
+    def report(self, error: BaseException) -> None:
+        """Leave a message about this rank's error, unless another rank was first."""
+        line = str(error).strip().partition("\n")[0]
+        text = f"Rank {self.rank} failed: {type(error).__name__}: {line}".rstrip(": .") + "."
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # the store may be gone, too
+                self.store.compare_set(f"ununennium/failure/{self.number}", "", text)
+
+    def first(self) -> str:
+        """Return the first message of the ranks, an empty string if there is none."""
+        key = f"ununennium/failure/{self.number}"
+        with contextlib.suppress(RuntimeError):
+            if self.store is not None and self.store.check([key]):
+                return self.store.get(key).decode()
+        return ""
+
+    def explanation(self) -> RankFailed:
+        """Return an error that says why this rank cannot go on."""
+        why = self.first() or (
+            "Another rank has ended without a word: it was killed, or its machine is gone. "
+            "torchrun names it at the end of its output."
+        )
+        return RankFailed(f"{why}\nThis rank, {self.rank}, cannot go on without it and stops too.")
+
+# %% ../nbs/20_distributed.ipynb #distributed-011
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an error says that another rank could not be reached."""
+    is_known = isinstance(error, dist.DistError) or re.search(r"gloo|NCCL", str(error)) is not None
+    return isinstance(error, RuntimeError) and is_known and not isinstance(error, RankFailed)
+
+# %% ../nbs/20_distributed.ipynb #distributed-014
+def packed(value: Any) -> bytes:
+    """Return any object as bytes. Plain pickle cannot copy tensors that `torch.load` has read."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+def unpacked(content: bytes) -> Any:
+    """Return the object of which another rank made these bytes, its tensors in host memory."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
+
+# %% ../nbs/20_distributed.ipynb #distributed-016
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a run; with one process, all methods return what they are given.
@@ -40,11 +112,14 @@ class Ranks:
         How many processes there are.
     group
         A Gloo group of all of them; None for a single process.
+    failures
+        Tells why a rank does not come.
     """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    failures: Failures = field(default_factory=Failures, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -56,16 +131,28 @@ class Ranks:
         if self.size == 1:
             return list(numbers)
         totals = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(totals, group=self.group)
+        self.wait(dist.all_reduce(totals, group=self.group, async_op=True))
         return totals.tolist()
+
+    def wait(self, work: Any) -> None:
+        """Wait for an exchange of the host group; raise `RankFailed` if a rank fails meanwhile."""
+        while True:
+            try:
+                work.wait(timedelta(seconds=1))
+                return
+            except RuntimeError as error:
+                is_early = "Operation timed out" in str(error)  # else the connection is lost
+                if not is_early or self.failures.first():
+                    raise self.failures.explanation() from (None if is_early else error)
 
     def gather(self, value: _T) -> list[_T]:
         """Return what all ranks passed, in their order. It is pickled."""
         if self.size == 1:
             return [value]
+        self.sum([0.0])  # all are here
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        dist.all_gather_object(found, packed(value), group=self.group)
+        return [unpacked(content) for content in found]
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank passed True."""
@@ -73,10 +160,12 @@ class Ranks:
 
     def from_main(self, value: _T) -> _T:
         """Return what rank 0 passed. It is pickled."""
-        found = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(found, src=0, group=self.group)
-        return found[0]
+        if self.size == 1:
+            return value
+        self.sum([0.0])  # all are here
+        found = [packed(value) if self.is_main else b""]
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        return unpacked(found[0])
 
     def on_main(self, function: Callable[[], _T]) -> _T:
         """Call a function on rank 0; return its result, or raise its error, on all ranks."""
@@ -92,7 +181,7 @@ class Ranks:
             raise error
         return cast(_T, result)
 
-# %% ../nbs/20_distributed.ipynb #distributed-011
+# %% ../nbs/20_distributed.ipynb #distributed-019
 @functools.lru_cache(maxsize=1)
 def host_group(world: object) -> dist.ProcessGroup | None:
     """Return a Gloo group of all ranks, the same one for each use of the default group."""
@@ -100,17 +189,38 @@ def host_group(world: object) -> dist.ProcessGroup | None:
     return group
 
 
+def group_store() -> Any:
+    """Return the store of the default process group, or None if it has none."""
+    try:
+        return dist.distributed_c10d._get_default_store()  # it has no public name
+    except (AttributeError, RuntimeError, ValueError):
+        return None
+
+
+def rank_here() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes; `(0, 1)` without a group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def find_ranks() -> Ranks:
     """Return the ranks of the default process group, or one rank if there is none."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    rank, size = rank_here()
+    if size == 1:
         return Ranks()
-    return Ranks(dist.get_rank(), dist.get_world_size(), host_group(dist.group.WORLD))
+    return Ranks(rank, size, host_group(dist.group.WORLD), Failures(group_store(), rank))
 
-# %% ../nbs/20_distributed.ipynb #distributed-014
+# %% ../nbs/20_distributed.ipynb #distributed-024
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     """Return the `DistributedDataParallel` in a model, or None."""
     found = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
     return next(found, None)
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Return whether ranks train a model together."""
+    return find_ddp(model) is not None
 
 
 def gradient_exchange(
@@ -119,7 +229,7 @@ def gradient_exchange(
     """Return the context for forward and backward that exchanges gradients only if `is_last`."""
     return contextlib.nullcontext() if is_last or ddp is None else ddp.no_sync()
 
-# %% ../nbs/20_distributed.ipynb #distributed-019
+# %% ../nbs/20_distributed.ipynb #distributed-029
 @contextlib.contextmanager
 def exchange_off(model: nn.Module) -> Iterator[None]:
     """Let forward passes in the block exchange nothing, so that ranks may make unequal numbers."""
@@ -133,7 +243,7 @@ def exchange_off(model: nn.Module) -> Iterator[None]:
     finally:
         ddp.require_forward_param_sync = before
 
-# %% ../nbs/20_distributed.ipynb #distributed-022
+# %% ../nbs/20_distributed.ipynb #distributed-032
 @torch.no_grad()
 def share_buffers(ranks: Ranks, model: nn.Module) -> None:
     """Give every rank the buffers of rank 0: one exchange for each dtype and device."""
@@ -149,7 +259,7 @@ def share_buffers(ranks: Ranks, model: nn.Module) -> None:
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
-# %% ../nbs/20_distributed.ipynb #distributed-025
+# %% ../nbs/20_distributed.ipynb #distributed-035
 def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str, float]:
     """Return the means over all ranks as plain numbers, by name."""
     if ranks.size == 1:
@@ -161,45 +271,88 @@ def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str
         merged[name] = sum(totals) / sum(weights) if sum(weights) else math.nan
     return merged
 
-# %% ../nbs/20_distributed.ipynb #distributed-028
-class WithoutPadding:
-    """A distributed sampler without the samples that it repeats to give all ranks as many.
+# %% ../nbs/20_distributed.ipynb #distributed-038
+class OwnSamples:
+    """A rank's samples of an epoch: no sample is repeated, and none of another rank is in it.
 
     Parameters
     ----------
     sampler
-        The samples of one rank.
+        The samples of one rank, perhaps with repetitions.
     """
 
     def __init__(self, sampler: DistributedSampler) -> None:
-        self.sampler = sampler
+        self.sampler, self.start = sampler, 0
+
+    def order(self) -> list[int]:
+        """Return the samples of all ranks, in the order of this epoch."""
+        whole: Any = copy.copy(self.sampler)
+        whole.rank, whole.num_replicas, whole.drop_last = 0, 1, False
+        whole.num_samples = whole.total_size = len(whole.dataset)
+        return list(whole)
+
+    @property
+    def end(self) -> int:
+        """How many samples of the order are used: with `drop_last`, as many on each rank."""
+        sampler: Any = self.sampler
+        left = len(sampler.dataset) - self.start
+        return self.start + left - left % (sampler.num_replicas if sampler.drop_last else 1)
 
     def __len__(self) -> int:
         sampler = self.sampler
-        own = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)  # pyright: ignore
-        return min(len(own), len(sampler))
+        return len(range(self.start + sampler.rank, self.end, sampler.num_replicas))
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.islice(self.sampler, len(self))
+        sampler = self.sampler
+        return iter(self.order()[self.start + sampler.rank : self.end : sampler.num_replicas])
 
-# %% ../nbs/20_distributed.ipynb #distributed-030
-def without_padding(loader: Any) -> Any:
-    """Return a copy of a loader whose distributed sampler repeats nothing; others as they are.
+# %% ../nbs/20_distributed.ipynb #distributed-041
+def own_share(loader: Any, size: int) -> Any:
+    """Return a copy of a loader that reads a rank's `OwnSamples`; other loaders as they are.
 
-    None becomes an empty list: this rank has no such loader, and others may.
+    None becomes an empty list if there are several ranks: another one may have a loader.
     """
     if loader is None:
-        return []
+        return None if size == 1 else []
     sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     if not (isinstance(loader, DataLoader) and isinstance(sampler, DistributedSampler)):
         return loader
-    if batches is not None and type(batches) is not BatchSampler:
+    is_usual = type(sampler).__iter__ is DistributedSampler.__iter__
+    if (
+        not is_usual
+        or sampler.num_replicas != size
+        or type(batches) not in (BatchSampler, NoneType)
+    ):
         return loader
     own = copy.copy(loader)
-    parts: dict[str, Any] = {"sampler": WithoutPadding(sampler)}
+    parts: dict[str, Any] = {"sampler": OwnSamples(sampler)}
     if batches is not None:
         parts["batch_sampler"] = BatchSampler(
             parts["sampler"], batches.batch_size, batches.drop_last
         )
     own.__dict__.update(parts)  # a DataLoader refuses plain assignments
     return own
+
+# %% ../nbs/20_distributed.ipynb #distributed-044
+def group_batch_size(loader: Any) -> int | None:
+    """Return how many samples the ranks read in one batch of each; None without `OwnSamples`."""
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, OwnSamples):
+        return None
+    size = 1 if loader.batch_sampler is None else loader.batch_sampler.batch_size
+    return size * sampler.sampler.num_replicas
+
+
+def samples_done(loader: Any, batches: int, is_over: bool = False) -> int | None:
+    """Return how many samples are done after `batches` batches of rank 0; None if unknown."""
+    size = group_batch_size(loader)
+    if size is None:
+        return None
+    end = len(loader.dataset) if is_over else loader.sampler.end
+    return end if is_over else min(loader.sampler.start + batches * size, end)
+
+
+def begin_after(loader: Any, samples: int) -> None:
+    """Let a loader begin its epochs after the first `samples` samples of all ranks."""
+    if group_batch_size(loader) is not None:
+        loader.sampler.start = samples

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from processes import on_ranks
 from ununennium import Callback, CheckpointCallback, ConfusionMatrix, Trainer, TrainerConfig
 from ununennium.distributed import Ranks, find_ranks
-from ununennium.training import parts
 from ununennium.training.batches import MicroBatch
 from ununennium.training.lockstep import (
     Lockstep,
@@ -173,7 +172,7 @@ def test_ranks_follow_each_other_through_loaders_of_any_length():
     ]  # fmt: skip
 
 
-# Whole runs, with the refusal of several processes turned off.
+# Whole runs.
 
 
 ACCUMULATION = 3
@@ -204,7 +203,6 @@ def small_net():
 
 
 def make_trainer(rank, callbacks=()):
-    parts.check_single_process = lambda: None
     model = DistributedDataParallel(small_net())
     config = TrainerConfig(
         device="cpu", progress="none", accumulation_steps=ACCUMULATION, gradient_clip=0

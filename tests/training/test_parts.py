@@ -113,14 +113,3 @@ def test_a_callback_needs_one_hook_and_no_base_class():
     check_callbacks([type("Own", (), {"on_batch_end": print})()])
     with pytest.raises(TypeError, match="5 among the callbacks has none of the hooks: on_train_s"):
         check_callbacks([5])
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    for size in (1, 2):
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda size=size: size)
-        if size == 1:
-            check_parts(**make_parts())
-        else:
-            with pytest.raises(NotImplementedError, match="trains in one process"):
-                check_parts(**make_parts())

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ununennium.training.checkpoint import CheckpointError, copy_file, remove_leftovers
+from ununennium.training.checkpoint import CheckpointError, RankMissing, copy_file
+from ununennium.training.checkpoint import remove_leftovers
 from ununennium.training.hooks import Callback, RunView, is_fresh, position_of
 from ununennium.training.messages import add_hint, warn, whole_number
 from ununennium.training.monitor import Monitor, direction_of, stop_text
@@ -198,6 +199,8 @@ class PendingSave:
 
     def failure(self, error: Exception) -> str:
         """Return the warning for a failure: what is missing, and what to do."""
+        if isinstance(error, RankMissing):
+            return f"There is no checkpoint {self.when}. {error}"
         if self.is_written and self.is_final:
             text = f"The model {self.when} belongs among the best and has no copy: copy last.pt."
         elif self.is_written:

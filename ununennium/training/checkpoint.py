@@ -22,11 +22,15 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['CheckpointError', 'save_file', 'load_file']
+__all__ = ['CheckpointError', 'RankMissing', 'save_file', 'load_file']
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-005
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, read or applied. The message says why and what to do."""
+
+
+class RankMissing(CheckpointError):
+    """A checkpoint could not be written because a rank has failed, and its state is lost."""
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-010
 def temporary_path(path: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..distributed import group_batch_size, samples_done
 from ..metrics import WeightedMean
 from .batches import AccumulationWindows, MicroBatch
 from .loader import ResumableLoader
@@ -41,6 +42,9 @@ class OpenEpoch:
         Batches done, and how many of them had no valid pixel.
     is_broken
         Whether the loader raised an error and its iterator was dropped.
+    inherited
+        What another number of ranks has done of it: samples of all ranks, and the number of this
+        rank's batches that stand for them.
     lockstep, example
         Keeps ranks in step, and the latest batch with a valid pixel, for a rank to imitate.
     """
@@ -52,8 +56,14 @@ class OpenEpoch:
     batches: int = 0
     empty: int = 0
     is_broken: bool = False
+    inherited: tuple[int, int] = (0, 0)
     lockstep: Lockstep = field(default_factory=Lockstep)
     example: MicroBatch | None = None
+
+    @property
+    def read(self) -> int:
+        """How many batches of this epoch its loader has given that are done."""
+        return self.batches - self.inherited[1]
 
     def next_window(self) -> list[MicroBatch]:
         """Return the next window to train on, an empty list at the end of the loader."""
@@ -89,18 +99,22 @@ class OpenEpoch:
     def suspend(self, loader: ResumableLoader) -> None:
         """Drop an iterator that has raised; the next `fit` resumes from the position."""
         if self.windows and self.windows.raised and not isinstance(loader.loader, Iterator):
-            self.position = loader.state(self.batches)
+            self.position = loader.state(self.read)
             self.windows, self.window, self.is_broken = None, [], True
 
 # %% ../../nbs/training/62_epoch.ipynb #epoch-014
 def epoch_state(epoch: OpenEpoch, loader: ResumableLoader) -> dict[str, Any]:
     """Return what a checkpoint stores of an open epoch."""
+    place = loader.state(epoch.read) if epoch.windows else epoch.position
+    is_over = bool(place) and place["is_over"]
     return {
         "batches": epoch.batches,
         "empty": epoch.empty,
         "means": {name: mean.state_dict() for name, mean in epoch.means.items()},
         "is_broken": epoch.is_broken,
-        "place": loader.state(epoch.batches) if epoch.windows else epoch.position,
+        "place": place,
+        "inherited": list(epoch.inherited),
+        "samples": samples_done(loader.loader, epoch.read, is_over),
     }
 
 # %% ../../nbs/training/62_epoch.ipynb #epoch-015
@@ -111,12 +125,42 @@ def load_epoch(state: dict[str, Any], device: torch.device) -> OpenEpoch:
         batches=state["batches"],
         empty=state["empty"],
         is_broken=bool(state["is_broken"]),
+        inherited=tuple(state.get("inherited", (0, 0))),
     )
     for name, mean in state["means"].items():
         epoch.means.setdefault(name, WeightedMean()).load_state_dict(mean, device)
     return epoch
 
 # %% ../../nbs/training/62_epoch.ipynb #epoch-018
+def added_means(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the states of means over all ranks, by name."""
+    means = {}
+    for name in dict.fromkeys(name for state in states for name in state["means"]):
+        parts = [state["means"][name] for state in states if name in state["means"]]
+        total = sum(float(part["total"]) for part in parts if part["total"] is not None)
+        weight = sum(float(part["weight"]) for part in parts)
+        means[name] = {"total": torch.tensor(total, dtype=torch.float64), "weight": weight}
+    return means
+
+
+def inherit_epoch(states: list[Any], loader: ResumableLoader, rank: int) -> dict[str, Any] | None:
+    """Return one of the new ranks' open epoch from those of all old ranks; None if impossible."""
+    size = group_batch_size(loader.loader)
+    samples = states[0] and states[0].get("samples")
+    if size is None or samples is None:
+        return None
+    batches = -(-samples // size)  # rounded up
+    return {
+        "batches": batches,
+        "empty": sum(state["empty"] for state in states) if rank == 0 else 0,
+        "means": added_means(states) if rank == 0 else {},
+        "is_broken": False,
+        "place": {},
+        "inherited": [samples, batches],
+        "samples": samples,
+    }
+
+# %% ../../nbs/training/62_epoch.ipynb #epoch-021
 def totals(epoch: OpenEpoch) -> list[float]:
     """Return how many batches are done, and how many of them were empty, over all ranks."""
     return epoch.lockstep.ranks.sum([epoch.batches, epoch.empty])
@@ -128,7 +172,8 @@ def warn_of_gaps(epoch: OpenEpoch, number: int) -> None:
     if epoch.windows is not None and epoch.windows.raised:
         warn(
             f"train_loader raised an error on the way, so epoch {number + 1}, of "
-            f"{epoch.batches} batches, may lack one or more."
+            f"{epoch.batches} batches, may lack one or more.",
+            of_rank=True,
         )
     if empty == batches:
         warn(
@@ -136,7 +181,7 @@ def warn_of_gaps(epoch: OpenEpoch, number: int) -> None:
             "learned."
         )
 
-# %% ../../nbs/training/62_epoch.ipynb #epoch-019
+# %% ../../nbs/training/62_epoch.ipynb #epoch-022
 def check_end(epoch: OpenEpoch, number: int) -> None:
     """Raise if the loader gave no batch; warn if it lost some, or if all were empty.
 

@@ -81,7 +81,8 @@ def warn_of_validation(
         warn(
             f"The validation loss of {batches} is not finite, first at batch index {bad[0]}, so "
             "val_loss is not finite either. Look for NaN in its images; scores count such "
-            "predictions as class 0."
+            "predictions as class 0.",
+            of_rank=True,
         )
 
 # %% ../../nbs/training/52_evaluate.ipynb #evaluate-015

@@ -313,7 +313,7 @@ def resume_epoch(loader: Any, max_ahead: int, position: dict[str, Any]) -> Loade
     problems = [problem] if problem else []
     problems += differences(position, iterator, first)
     if problems:
-        warn(f"The epoch resumes, but not exactly: {'; '.join(problems)}.")
+        warn(f"The epoch resumes, but not exactly: {'; '.join(problems)}.", of_rank=True)
     return iterator
 
 # %% ../../nbs/training/45_loader.ipynb #loader-048

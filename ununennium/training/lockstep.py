@@ -5,6 +5,7 @@
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-003
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
@@ -13,14 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..distributed import Ranks
+from ..distributed import RankFailed, Ranks, is_lost_connection
 from .batches import MicroBatch, open_iterator
 from .state import Progress
 
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-005
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-006
 @dataclass(frozen=True)
 class Note:
     """What a rank has to say at a safepoint; summed over ranks, what all of them know.
@@ -46,7 +47,7 @@ class Note:
     pause: float = 0.0
     clock: float = 0.0
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-007
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-008
 def first_reason(reasons: list[str | None]) -> str | None:
     """Return the reason to stop that counts: the first one, with its rank unless all agree."""
     if len(set(reasons)) == 1:
@@ -54,7 +55,7 @@ def first_reason(reasons: list[str | None]) -> str | None:
     rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
     return reason if "(rank " in reason else f"{reason} (rank {rank})"
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-010
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-011
 def zeroed(value: Any) -> Any:
     """Return tensors of zeros, in the structure of `value`."""
     if isinstance(value, Tensor):
@@ -71,18 +72,18 @@ def zeroed(value: Any) -> Any:
 def idle_batch(like: MicroBatch) -> MicroBatch:
     """Return a batch like another, whose gradient is zero."""
     return replace(
-        like, inputs=zeroed(like.inputs), weight=0.0, share=0.0, is_last=True, is_idle=True,
-        losses={}, checks={},
+        like, raw=None, inputs=zeroed(like.inputs), weight=0.0, share=0.0, is_last=True,
+        is_idle=True, losses={}, checks={},
     )  # fmt: skip
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-013
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-014
 def share_out(window: list[MicroBatch], total: float, size: int) -> None:
     """Set the shares of a rank's batches in a window that weighs `total` over `size` ranks."""
     used = [batch for batch in window if not batch.is_empty]
     for batch in used:
         batch.share, batch.is_last = size * batch.weight / total, batch is used[-1]
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-016
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-017
 class Windows(Protocol):
     """What ranks need of an epoch: its current window, and an earlier batch to imitate."""
 
@@ -100,7 +101,7 @@ def note_of(epoch: Windows) -> Note:
     weight = float(sum((batch.weight for batch in window), start=0.0))
     return Note(weight, bool(window), lacks=not weight and epoch.example is None)
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-019
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-020
 class Lockstep:
     """Keeps the ranks of a run in step.
 
@@ -155,7 +156,30 @@ class Lockstep:
         """Return whether any rank passed True; this rank's flag if the others are out of reach."""
         return flag if self.is_broken else self.ranks.any(flag)
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-022
+    def begin(self) -> None:
+        """Begin a `fit`, when all ranks have come."""
+        self.is_ahead = self.is_broken = False
+        self.ranks.failures.begin()
+        self.at_safepoint()
+
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-023
+@contextlib.contextmanager
+def failures_told(lockstep: Lockstep) -> Iterator[None]:
+    """Tell the other ranks of an error in the block; if it was caused by another's, say so."""
+    failures = lockstep.ranks.failures
+    try:
+        yield
+    except BaseException as error:
+        if lockstep.ranks.size == 1 or getattr(error, "is_agreed", False):
+            raise
+        lockstep.is_broken = True
+        if is_lost_connection(error):
+            raise failures.explanation() from error
+        if not isinstance(error, RankFailed):
+            failures.report(error)
+        raise
+
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-026
 def borrow(ranks: Ranks, own: MicroBatch | None) -> MicroBatch:
     """Return this rank's batch, or that of the lowest rank that has one."""
     found = ranks.gather(own)
@@ -175,7 +199,7 @@ def complete(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
     share_out(window, total, lockstep.ranks.size)
     return window
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-023
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-027
 def next_window(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
     """Return the next window to train on; an empty list once all ranks have read theirs."""
     if lockstep.ranks.size == 1:
@@ -185,7 +209,7 @@ def next_window(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
     lockstep.is_ahead = False
     return complete(lockstep, epoch) if lockstep.note.batches else []
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-027
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-031
 def batches_and_none(lockstep: Lockstep, batches: Iterator[Any]) -> Iterator[Any]:
     """Yield batches, then None; notes have to be compared after each."""
     while True:

@@ -72,11 +72,16 @@ class Loop:
         """Take one optimizer step, on the gradient of the window's weighted mean loss."""
         self.stepper.begin()  # a skipped step must leave no trace
         for batch in window:
-            self.hooks.call("on_batch_start", batch.raw)
+            self.tell("on_batch_start", batch)
             logs = self.backward(batch) or {}
             if batch is window[-1]:
                 logs |= self.update(window, epoch) or {}
-            self.hooks.call("on_batch_end", batch.raw, logs)
+            self.tell("on_batch_end", batch, logs)
+
+    def tell(self, hook: str, batch: MicroBatch, *logs: dict[str, Tensor]) -> None:
+        """Call a hook with what the loader gave; nothing for a batch that keeps ranks in step."""
+        if batch.raw is not None:
+            self.hooks.call(hook, batch.raw, *logs)
 
     def backward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Add a batch's share to the gradient; return its losses."""

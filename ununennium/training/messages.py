@@ -10,6 +10,8 @@ import operator
 import sys
 import warnings
 
+from ..distributed import rank_here
+
 # %% auto #0
 __all__ = ['TrainingWarning']
 
@@ -18,11 +20,22 @@ class TrainingWarning(UserWarning):
     """A warning about a training run. Filter it, or turn it into an error, by its class."""
 
 # %% ../../nbs/training/10_messages.ipynb #messages-007
-def warn(message: str) -> None:
+def warn(message: str, *, of_rank: bool = False) -> None:
     """Issue a `TrainingWarning` that points at the caller's own code.
 
     Frames of this package, of PyTorch and of `contextlib` are skipped.
+
+    Parameters
+    ----------
+    message
+        One or more sentences.
+    of_rank
+        Whether only this rank knows; otherwise rank 0 says it for all.
     """
+    rank, size = rank_here()
+    if rank > 0 and not of_rank:
+        return
+    message = f"Rank {rank}: {message}" if of_rank and size > 1 else message
     frame, level = sys._getframe(1), 2
     skipped = ("ununennium", "contextlib", "torch")
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in skipped:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import RandomSampler, SequentialSampler
 
+from ..distributed import Ranks, is_shared
 from .batches import num_batches
 from .config import TrainerConfig
 from .hooks import HOOKS, Callback, has_hook
@@ -145,13 +147,28 @@ def check_config(config: object) -> None:
         )
 
 # %% ../../nbs/training/47_parts.ipynb #parts-031
-def check_single_process() -> None:
-    """Raise a `NotImplementedError` if a process group of several ranks is running."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise NotImplementedError(
-            "This version trains in one process; training over several is not complete yet. Start "
-            "it without torchrun."
+def reads_all(loader: Any) -> int:
+    """Return how many samples one of PyTorch's plain loaders reads; 0 for other loaders."""
+    usual = (RandomSampler, SequentialSampler)
+    is_usual = isinstance(loader, DataLoader) and type(getattr(loader, "sampler", None)) in usual
+    return len(loader.sampler) if is_usual and type(loader.batch_sampler) is BatchSampler else 0
+
+
+def check_ranks(ranks: Ranks, model: nn.Module, train_loader: Any) -> None:
+    """Warn if ranks do not share a model, or if all of them read the same data."""
+    if ranks.size == 1:
+        return
+    if not is_shared(model) and any(p.requires_grad for p in model.parameters()):
+        warn(
+            f"{ranks.size} processes train, and the model is not wrapped, so each trains a model "
+            "of its own. Wrap it: DistributedDataParallel(model)."
+        )
+    samples = set(ranks.gather(reads_all(train_loader)))
+    if len(samples) == 1 and 0 not in samples:
+        warn(
+            f"Each of {ranks.size} processes reads all {samples.pop()} samples of train_loader in "
+            "every epoch. To share them, pass sampler=DistributedSampler(dataset) to the "
+            "DataLoader, and no shuffle."
         )
 
 # %% ../../nbs/training/47_parts.ipynb #parts-034
@@ -173,8 +190,6 @@ def check_parts(
         If a part has the wrong type, such as a data set for a loader.
     ValueError
         If parts do not belong together, or a loader is empty.
-    NotImplementedError
-        If several processes train together.
     """
     check_model(model, optimizer)
     assert isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)
@@ -184,6 +199,5 @@ def check_parts(
         check_loader("val_loader", val_loader)
     check_parameters(model, optimizer)
     check_scheduler(scheduler, optimizer)
-    check_single_process()
     check_config(config)
     check_callbacks(callbacks)

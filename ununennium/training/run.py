@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed import find_ranks, share_buffers, without_padding
+from ..distributed import begin_after, find_ranks, own_share, share_buffers
 from ..metrics import MetricSet
 from .batches import AccumulationWindows
 from .config import TrainerConfig
@@ -24,7 +24,7 @@ from .loader import ResumableLoader, owners_of
 from .lockstep import Lockstep
 from .messages import warn
 from .modes import TrainingModes
-from .parts import check_parts
+from .parts import check_parts, check_ranks
 from .restore import group_settings
 from .rng import random_state, seed_all, set_random_state
 from .schedule import Schedule
@@ -97,9 +97,12 @@ class Run:
         loader = self.train_loader if name == "train" else self.val_loader
         if name not in self.loaders or self.loaders[name].source is not loader:
             ahead = self.config.accumulation_steps if name == "train" else 0
-            own = loader if self.lockstep.ranks.size == 1 else without_padding(loader)
+            own = own_share(loader, self.lockstep.ranks.size)
             self.loaders[name] = ResumableLoader(own, ahead, loader)
-        return self.loaders[name]
+        reader = self.loaders[name]
+        if name == "train":
+            begin_after(reader.loader, self.open.inherited[0] if self.open else 0)
+        return reader
 
 # %% ../../nbs/training/65_run.ipynb #run-007
 def build_run(
@@ -119,6 +122,8 @@ def build_run(
     check_parts(model, optimizer, loss_fn, train_loader, val_loader, scheduler, callbacks, config)
     config = config or TrainerConfig()
     task, ranks, progress = Task(model, loss_fn, config, methods), find_ranks(), Progress()
+    check_ranks(ranks, task.model, train_loader)
+    lockstep = Lockstep(ranks, progress)
     if optimizer.state:
         optimizer.load_state_dict(optimizer.state_dict())  # moves it to the model's device
     return Run(
@@ -131,9 +136,9 @@ def build_run(
         val_loader=val_loader,
         callbacks=list(callbacks or ()),
         modes=TrainingModes(task.model),
-        skips=SkippedSteps(config.max_skipped_steps),
+        skips=SkippedSteps(config.max_skipped_steps, ranks, lambda: lockstep.clock),
         built=group_settings(optimizer),
-        lockstep=Lockstep(ranks, progress),
+        lockstep=lockstep,
         progress=progress,
         goal=config.epochs,
     )
@@ -183,12 +188,14 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
         call("on_epoch_start", number)
         batches, epoch = loader, OpenEpoch()
     else:
-        batches, epoch = loader.resume(run.open.position), run.open
+        position, epoch = run.open.position, run.open
+        batches = loader.resume(position) if position else loader
         if epoch.is_broken:
             warn(
                 f"train_loader raised an error in epoch {number + 1}, after {epoch.batches} "
                 "batches. What followed is read again; if that draws random numbers, they will "
-                "differ."
+                "differ.",
+                of_rank=True,
             )
             epoch.is_broken = False
     size = run.config.accumulation_steps

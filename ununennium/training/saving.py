@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..distributed import Ranks
-from .checkpoint import CheckpointError, copy_to_host, finish_writing
+from .checkpoint import CheckpointError, RankMissing, copy_to_host
+from .checkpoint import finish_writing
 from .checkpoint import load_file, newest_first, save_file, save_in_background
-from .epoch import epoch_state, load_epoch
+from .epoch import epoch_state, inherit_epoch, load_epoch
 from .messages import add_hint, warn
 from .restore import check_tensors, group_settings, load_model
 from .restore import load_optimizer, load_scheduler, model_state
@@ -175,7 +174,7 @@ def load_own_state(run: Run, saved: dict[str, Any]) -> None:
         part.restore(run, saved)
 
 # %% ../../nbs/training/75_saving.ipynb #saving-030
-RANK_PARTS = ("open", "workers", "random")
+RANK_PARTS = ("skips", "open", "workers", "random")
 
 
 def run_state(run: Run) -> dict[str, Any]:
@@ -187,9 +186,9 @@ def run_state(run: Run) -> dict[str, Any]:
     if run.lockstep.ranks.size == 1:
         return state
     if run.lockstep.is_broken:
-        raise CheckpointError(
-            "A rank has failed, so the states of the ranks cannot be collected. The last file that "
-            "was written stays."
+        raise RankMissing(
+            "A rank has failed, and a checkpoint needs the states of all. Resume from the last "
+            "file that was written."
         )
     found = run.lockstep.ranks.gather({name: state[name] for name in RANK_PARTS})
     return state | {"others": found[1:]}
@@ -218,19 +217,21 @@ def save_run_in_background(
     return done
 
 # %% ../../nbs/training/75_saving.ipynb #saving-036
-def state_of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
-    """Return a file's state for one rank of `size`; warn if the file is from another number."""
+def state_of_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a file's state for this rank; warn if another number of ranks wrote the file."""
+    rank, size = run.lockstep.ranks.rank, run.lockstep.ranks.size
     parts = [{name: saved[name] for name in RANK_PARTS}, *saved.get("others", ())]
     if len(parts) == size:
         return saved | parts[rank]
-    if rank == 0:
-        again = " The open epoch begins again." if saved["open"] else ""
-        warn(
-            f"The file was written by {len(parts)} processes, and this run has {size}, so random "
-            f"numbers differ.{again}"
-        )
+    epoch, text = inherit_epoch([part["open"] for part in parts], run.loader("train"), rank), ""
+    if saved["open"]:
+        text = " The open epoch " + ("goes on with what is left." if epoch else "begins again.")
+    writers = "1 process" if len(parts) == 1 else f"{len(parts)} processes"
+    warn(
+        f"The file was written by {writers}, and this run has {size}.{text} Random numbers differ."
+    )
     random = parts[rank]["random"] if rank < len(parts) else None
-    return saved | {"open": None, "workers": {}, "random": random}
+    return saved | {"open": epoch, "workers": {}, "random": random}
 
 # %% ../../nbs/training/75_saving.ipynb #saving-039
 def check_format(saved: dict[str, Any], path: str | Path) -> None:
@@ -277,7 +278,7 @@ def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
         )
     check_format(saved, path)
     check_tensors(saved["model"], model_state(run.task.model), path)
-    saved = state_of_rank(saved, run.lockstep.ranks.rank, run.lockstep.ranks.size)
+    saved = state_of_rank(run, saved)
     before = copy_to_host(own_state(run))
     position = run.open, run.random, run.loaders, run.progress.stop_reason
     try:
@@ -342,23 +343,6 @@ def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
     )
 
 # %% ../../nbs/training/75_saving.ipynb #saving-056
-def read_on_main(
-    ranks: Ranks, read: Callable[[], tuple[Path | None, dict[str, Any]]]
-) -> tuple[Path | None, dict[str, Any]]:
-    """Read a file on rank 0, and return its path and content on all ranks."""
-    if ranks.size == 1:
-        return read()
-
-    def packed() -> tuple[Path | None, bytes]:
-        path, saved = read()
-        content = io.BytesIO()
-        torch.save(saved, content)
-        return path, content.getvalue()
-
-    path, content = ranks.on_main(packed)
-    return path, torch.load(io.BytesIO(content), weights_only=True)
-
-# %% ../../nbs/training/75_saving.ipynb #saving-057
 def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Path | None:
     """Restore a run from the newest intact checkpoint in a folder; see `Trainer.resume`.
 
@@ -376,7 +360,7 @@ def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Pa
     CheckpointError
         If all files are damaged, the newest intact one does not fit, or `dirpath` is a file.
     """
-    path, saved = read_on_main(run.lockstep.ranks, lambda: newest_intact(dirpath))
+    path, saved = run.lockstep.ranks.on_main(lambda: newest_intact(dirpath))
     if path is None:
         announce(f"No checkpoint in {dirpath}; starting from scratch.")
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from ..signals import signal_handled
 from .batches import num_batches, sample_count
 from .hooks import Hooks
+from .lockstep import failures_told
 from .messages import add_hint
 from .modes import modes_restored
 from .run import Run, note_random_state, restore_random_state
@@ -60,18 +62,27 @@ def termination_noted(note: Callable[[], None]) -> Iterator[None]:
     try:
         with signal_noted(signal.SIGTERM, note, terminate) as noted:
             yield
+    except BaseException:
+        if noted:
+            traceback.print_exc()
+        raise
     finally:
         if noted:
             signal.raise_signal(signal.SIGTERM)
 
 # %% ../../nbs/training/67_session.ipynb #session-012
+def ask_to_stop(run: Run, hooks: Hooks, reason: str, advice: str = "") -> None:
+    """Ask a run to stop, and let its displays say so."""
+    run.progress.request_stop(reason)
+    hooks.announce(f"Stopping after this step: {reason}.{advice}")
+
+
 @contextlib.contextmanager
 def interrupt_noted(run: Run, hooks: Hooks) -> Iterator[list[int]]:
     """Ask the run to stop at the first interrupt, raise the second; yield the noted signals."""
 
     def note() -> None:
-        run.progress.request_stop("interrupted")
-        hooks.announce("Stopping after this step. Interrupt again to stop at once.")
+        ask_to_stop(run, hooks, "interrupted", " Interrupt again to stop at once.")
 
     with signal_noted(signal.SIGINT, note, raise_interrupt) as interrupted:
         yield interrupted
@@ -133,9 +144,7 @@ def prepare(run: Run, stepper: Stepper) -> None:
     """Check loaders and schedule for the epochs to come; forget old requests and gradients."""
     check_loaders(run)
     run.progress.clear_requests()
-    run.lockstep.is_ahead = False
-    run.lockstep.is_broken = False
-    run.lockstep.at_safepoint()
+    run.lockstep.begin()
     stepper.clear()
     epochs = run.goal - run.progress.epoch
     run.schedule.check_length(epochs, num_batches(run.train_loader), run.batch)
@@ -167,18 +176,18 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
     prepare(run, stepper)
     with (
         marked_as_running(run),
-        termination_noted(lambda: run.progress.request_stop("asked to terminate")),
+        termination_noted(lambda: ask_to_stop(run, hooks, "asked to terminate")),
         modes_restored(run.task.model),
         interrupt_noted(run, hooks) as interrupted,
     ):
         run.modes.apply(run.task.model)
         try:
             restore_random_state(run)
-            yield
+            with failures_told(run.lockstep):
+                yield
             if run.lockstep.any(bool(interrupted)):
                 hooks.call("on_exception", KeyboardInterrupt(), to_all=True)
         except BaseException as error:
-            run.lockstep.is_broken = run.lockstep.ranks.size > 1
             abandon_window(run, stepper, error)
             hooks.call("on_exception", error, to_all=True)
             if not isinstance(error, KeyboardInterrupt):

@@ -9,12 +9,14 @@ import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..distributed import Ranks
 from .batches import MicroBatch, quote_names, sample_names
 from .finite import CHECKED, HINTS, bad_rows, first_bad
 from .messages import warn
@@ -281,6 +283,16 @@ def divergence_message(epoch: int, limit: int, where: str, culprit: str) -> str:
     )
 
 # %% ../../nbs/training/57_skips.ipynb #skips-041
+def first_culprit(found: list[tuple[str, str]]) -> tuple[str, str]:
+    """Return the batch and the culprit that counts, of those that the ranks have found."""
+    if len(found) == 1:
+        return found[0]
+    blamed = [rank for rank, (_, culprit) in enumerate(found) if culprit != "gradient"]
+    rank = blamed[0] if blamed else 0
+    where, culprit = found[rank]
+    return f"{where} of rank {rank}", culprit
+
+# %% ../../nbs/training/57_skips.ipynb #skips-044
 class SkippedSteps:
     """Counts skipped steps, warns about them, and gives up after too many in a row.
 
@@ -288,13 +300,17 @@ class SkippedSteps:
     ----------
     limit
         How many steps skipped in a row end the training.
+    ranks, clock
+        The processes of the run, and a clock that is the same for all of them.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(
+        self, limit: int, ranks: Ranks | None = None, clock: Callable[[], float] | None = None
+    ) -> None:
+        self.limit, self.ranks, self.clock = limit, ranks or Ranks(), clock or time.monotonic
         self.tally = StepTally()
         self.trail = DivergenceTrail()
-        self.checked = time.monotonic()
+        self.checked: float | None = None
 
     def open_epoch(self) -> None:
         """Start the counts of an epoch."""
@@ -306,9 +322,10 @@ class SkippedSteps:
             return
         self.trail.add(global_step, step.used[-1].losses["loss"], step.norm)
         self.tally.add(step.used, step.stepped)
-        on_device = isinstance(step.stepped, Tensor)
-        if time.monotonic() - self.checked > 10 if on_device else not step.stepped:
-            self.checked = time.monotonic()
+        on_device, now = isinstance(step.stepped, Tensor), self.clock()
+        self.checked = now if self.checked is None else self.checked
+        if now - self.checked > 10 if on_device else not step.stepped:
+            self.checked = now
             self.raise_if_stuck(epoch)
 
     def close_epoch(self, epoch: int, scaled: bool = False) -> int:
@@ -317,7 +334,8 @@ class SkippedSteps:
         With a scaled loss (`scaled`), gradients may overflow without a warning.
         """
         self.raise_if_stuck(epoch)
-        count, (where, culprit) = self.tally.read().count, self.tally.first()
+        count = self.tally.read().count
+        where, culprit = self.first() if count else ("", "")
         if count and not (scaled and culprit == "gradient"):
             explained = explanation(culprit, self.trail)
             warn(f"{skip_message(epoch, count, where, culprit)} {explained}")
@@ -329,8 +347,13 @@ class SkippedSteps:
         counts = self.tally.read()
         if counts.longest >= self.limit:
             counts.in_a_row = counts.longest = 0  # a later fit starts from 0
-            message = divergence_message(epoch, self.limit, *self.tally.first())
-            raise TrainingDiverged(f"{message} {explanation(self.tally.first()[1], self.trail)}")
+            where, culprit = self.first()
+            message = divergence_message(epoch, self.limit, where, culprit)
+            raise TrainingDiverged(f"{message} {explanation(culprit, self.trail)}")
+
+    def first(self) -> tuple[str, str]:
+        """Return the first skipped step of all ranks in words: its batch, and the culprit."""
+        return first_culprit(self.ranks.gather(self.tally.first()))
 
     def uncounted(self) -> int:
         """Return how many skipped steps of this epoch the loop has counted as taken."""

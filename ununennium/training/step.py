@@ -267,3 +267,5 @@ class Stepper:
 # %% ../../nbs/training/55_step.ipynb #step-049
 class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a gradient that was not finite."""
+
+    is_agreed = True  # all ranks raise it after the same step

@@ -22,7 +22,7 @@ from .messages import warn, whole_number
 from .progress import default_display, find_dashboard
 from .restore import unwrap
 from .run import RunFacts, build_run, listeners_of
-from .saving import read_on_main, resume, save_run, save_run_in_background
+from .saving import resume, save_run, save_run_in_background
 from .saving import take_over
 
 # %% auto #0
@@ -195,7 +195,7 @@ class Trainer(RunFacts):
         CheckpointError
             If the file is damaged or does not fit. The trainer then stays as it was.
         """
-        _, saved = read_on_main(self.run.lockstep.ranks, lambda: (None, load_file(path)))
+        saved = self.run.lockstep.ranks.on_main(lambda: load_file(path))
         take_over(self.run, saved, path)
 
     def resume(self, dirpath: str | Path) -> Path | None:
