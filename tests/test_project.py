@@ -254,6 +254,7 @@ BORROWED = {
     "_foreach_copy_": "PyTorch: one kernel for many tensors",
     "_foreach_mul_": "PyTorch: one kernel for many tensors",
     "_foreach_norm": "PyTorch: one kernel for many tensors",
+    "_get_default_store": "PyTorch: the store of the process group",
     "_iterator": "PyTorch: the persistent workers of a DataLoader",
     "_orig_mod": "PyTorch: the model inside a compiled one",
     "_schedulers": "PyTorch: the parts of a SequentialLR or ChainedScheduler",

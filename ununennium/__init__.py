@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'ConfusionMatrix', 'Dashboard', 'EarlyStopping', 'Loop',
-           'MaskedLoss', 'Trainer', 'TrainerConfig', 'TrainingDiverged', 'TrainingWarning', 'class_weights',
-           'count_classes']
+           'MaskedLoss', 'RankFailed', 'Trainer', 'TrainerConfig', 'TrainingDiverged', 'TrainingWarning',
+           'class_weights', 'count_classes']
 
 # %% ../nbs/90_api.ipynb #api-003
 __version__ = "0.3.0"
 
 from .losses import MaskedLoss, class_weights, count_classes
+from .distributed import RankFailed
 from .metrics import ConfusionMatrix
 from ununennium.training import (
     Callback,
@@ -34,6 +35,7 @@ _all_ = [
     "EarlyStopping",
     "Loop",
     "MaskedLoss",
+    "RankFailed",
     "Trainer",
     "TrainerConfig",
     "TrainingDiverged",

@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import NoneType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -100,16 +99,26 @@ def unpacked(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
 
 # %% ../nbs/20_distributed.ipynb #distributed-016
+def await_all(exchange: Any, failures: Failures) -> None:
+    """Wait for an exchange of the host group; raise `RankFailed` if a rank fails meanwhile."""
+    while True:
+        try:
+            exchange.wait(timedelta(seconds=1))
+            return
+        except RuntimeError as error:
+            is_early = "Operation timed out" in str(error)  # else the connection is lost
+            if not is_early or failures.first():
+                raise failures.explanation() from (None if is_early else error)
+
+# %% ../nbs/20_distributed.ipynb #distributed-017
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a run; with one process, all methods return what they are given.
 
     Parameters
     ----------
-    rank
-        The number of this process, from 0.
-    size
-        How many processes there are.
+    rank, size
+        The number of this process, from 0, and how many there are.
     group
         A Gloo group of all of them; None for a single process.
     failures
@@ -131,19 +140,8 @@ class Ranks:
         if self.size == 1:
             return list(numbers)
         totals = torch.tensor(numbers, dtype=torch.float64)
-        self.wait(dist.all_reduce(totals, group=self.group, async_op=True))
+        await_all(dist.all_reduce(totals, group=self.group, async_op=True), self.failures)
         return totals.tolist()
-
-    def wait(self, work: Any) -> None:
-        """Wait for an exchange of the host group; raise `RankFailed` if a rank fails meanwhile."""
-        while True:
-            try:
-                work.wait(timedelta(seconds=1))
-                return
-            except RuntimeError as error:
-                is_early = "Operation timed out" in str(error)  # else the connection is lost
-                if not is_early or self.failures.first():
-                    raise self.failures.explanation() from (None if is_early else error)
 
     def gather(self, value: _T) -> list[_T]:
         """Return what all ranks passed, in their order. It is pickled."""
@@ -181,7 +179,7 @@ class Ranks:
             raise error
         return cast(_T, result)
 
-# %% ../nbs/20_distributed.ipynb #distributed-019
+# %% ../nbs/20_distributed.ipynb #distributed-020
 @functools.lru_cache(maxsize=1)
 def host_group(world: object) -> dist.ProcessGroup | None:
     """Return a Gloo group of all ranks, the same one for each use of the default group."""
@@ -211,7 +209,7 @@ def find_ranks() -> Ranks:
         return Ranks()
     return Ranks(rank, size, host_group(dist.group.WORLD), Failures(group_store(), rank))
 
-# %% ../nbs/20_distributed.ipynb #distributed-024
+# %% ../nbs/20_distributed.ipynb #distributed-025
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     """Return the `DistributedDataParallel` in a model, or None."""
     found = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
@@ -229,7 +227,7 @@ def gradient_exchange(
     """Return the context for forward and backward that exchanges gradients only if `is_last`."""
     return contextlib.nullcontext() if is_last or ddp is None else ddp.no_sync()
 
-# %% ../nbs/20_distributed.ipynb #distributed-029
+# %% ../nbs/20_distributed.ipynb #distributed-030
 @contextlib.contextmanager
 def exchange_off(model: nn.Module) -> Iterator[None]:
     """Let forward passes in the block exchange nothing, so that ranks may make unequal numbers."""
@@ -243,7 +241,7 @@ def exchange_off(model: nn.Module) -> Iterator[None]:
     finally:
         ddp.require_forward_param_sync = before
 
-# %% ../nbs/20_distributed.ipynb #distributed-032
+# %% ../nbs/20_distributed.ipynb #distributed-033
 @torch.no_grad()
 def share_buffers(ranks: Ranks, model: nn.Module) -> None:
     """Give every rank the buffers of rank 0: one exchange for each dtype and device."""
@@ -259,7 +257,7 @@ def share_buffers(ranks: Ranks, model: nn.Module) -> None:
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
-# %% ../nbs/20_distributed.ipynb #distributed-035
+# %% ../nbs/20_distributed.ipynb #distributed-036
 def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str, float]:
     """Return the means over all ranks as plain numbers, by name."""
     if ranks.size == 1:
@@ -271,7 +269,7 @@ def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str
         merged[name] = sum(totals) / sum(weights) if sum(weights) else math.nan
     return merged
 
-# %% ../nbs/20_distributed.ipynb #distributed-038
+# %% ../nbs/20_distributed.ipynb #distributed-039
 class OwnSamples:
     """A rank's samples of an epoch: no sample is repeated, and none of another rank is in it.
 
@@ -306,7 +304,7 @@ class OwnSamples:
         sampler = self.sampler
         return iter(self.order()[self.start + sampler.rank : self.end : sampler.num_replicas])
 
-# %% ../nbs/20_distributed.ipynb #distributed-041
+# %% ../nbs/20_distributed.ipynb #distributed-042
 def own_share(loader: Any, size: int) -> Any:
     """Return a copy of a loader that reads a rank's `OwnSamples`; other loaders as they are.
 
@@ -318,11 +316,9 @@ def own_share(loader: Any, size: int) -> Any:
     if not (isinstance(loader, DataLoader) and isinstance(sampler, DistributedSampler)):
         return loader
     is_usual = type(sampler).__iter__ is DistributedSampler.__iter__
-    if (
-        not is_usual
-        or sampler.num_replicas != size
-        or type(batches) not in (BatchSampler, NoneType)
-    ):
+    if not is_usual or sampler.num_replicas != size:
+        return loader
+    if batches is not None and type(batches) is not BatchSampler:
         return loader
     own = copy.copy(loader)
     parts: dict[str, Any] = {"sampler": OwnSamples(sampler)}
@@ -333,7 +329,7 @@ def own_share(loader: Any, size: int) -> Any:
     own.__dict__.update(parts)  # a DataLoader refuses plain assignments
     return own
 
-# %% ../nbs/20_distributed.ipynb #distributed-044
+# %% ../nbs/20_distributed.ipynb #distributed-045
 def group_batch_size(loader: Any) -> int | None:
     """Return how many samples the ranks read in one batch of each; None without `OwnSamples`."""
     sampler = getattr(loader, "sampler", None)

@@ -13,12 +13,12 @@ from types import FrameType
 from typing import TypeAlias
 
 # %% auto #0
-__all__ = ['Handler', 'signal_handled']
+__all__ = ['signal_handled']
 
 # %% ../nbs/05_signals.ipynb #signals-004
 Handler: TypeAlias = Callable[[int, FrameType | None], object] | signal.Handlers
 
-
+# %% ../nbs/05_signals.ipynb #signals-005
 @contextlib.contextmanager
 def signal_handled(number: int, handler: Handler) -> Iterator[None]:
     """Handle a signal in the block; in a thread other than the main one, change nothing.
@@ -40,7 +40,7 @@ def signal_handled(number: int, handler: Handler) -> Iterator[None]:
     finally:
         signal.signal(number, default if before is None else before)
 
-# %% ../nbs/05_signals.ipynb #signals-007
+# %% ../nbs/05_signals.ipynb #signals-008
 @contextlib.contextmanager
 def signal_deferred(number: int) -> Iterator[None]:
     """Deliver a signal after the block. Processes that are started in the block never get it.

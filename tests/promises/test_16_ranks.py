@@ -11,8 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from processes import on_ranks
-from ununennium import Callback, CheckpointCallback, Trainer, TrainerConfig, TrainingDiverged
-from ununennium.distributed import RankFailed
+from ununennium import (
+    Callback,
+    CheckpointCallback,
+    RankFailed,
+    Trainer,
+    TrainerConfig,
+    TrainingDiverged,
+)
 
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5])
 

@@ -10,8 +10,7 @@ import torch
 
 from small import AtStep, make_batches, make_trainer
 from ununennium import Callback, CheckpointCallback, CheckpointError, EarlyStopping
-from ununennium.training import callbacks, checkpoint
-from ununennium.training.checkpoint import load_file
+from ununennium.training import checkpoint
 
 # Early stopping.
 
@@ -242,17 +241,6 @@ def test_a_final_failure_is_reported_although_an_earlier_one_was(tmp_path, monke
     assert last.startswith("The final checkpoint, after epoch 4, could not be written.")
 
 
-def test_a_final_copy_that_fails_is_not_called_a_lost_checkpoint(tmp_path, monkeypatch):
-    def full(source, path):
-        raise CheckpointError(f"{path} could not be written: No space left on device.")
-
-    monkeypatch.setattr(callbacks, "copy_file", full)
-    trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss")])
-    (message,) = warnings_of(trainer, 1)
-    assert "after epoch 1 belongs among the best" in message and "copy last.pt" in message
-    assert (tmp_path / "last.pt").exists()
-
-
 def test_files_that_fall_out_of_the_ranking_go_after_a_resume_with_fewer(tmp_path):
     first = CheckpointCallback(tmp_path, "val_IoU", "max", save_top_k=3)
     Scores(first, [0.1, 0.2, 0.3])
@@ -280,22 +268,6 @@ def test_a_file_is_written_every_few_minutes(tmp_path, monkeypatch):
 
     make_trainer(make_batches(10), callbacks=[keep, Clock(0, None)]).fit(1)
     assert written == [0, 0, 0, 4, 4, 4, 7, 7, 7, 10]
-
-
-def test_a_copy_that_fails_leaves_last_where_it_is(tmp_path, monkeypatch):
-    """The disk has room for one file, and not for that of the best model."""
-
-    def full(source, path):
-        raise CheckpointError(f"{path} could not be written: No space left on device.")
-
-    monkeypatch.setattr("ununennium.training.callbacks.copy_file", full)
-    trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss")])
-    with pytest.warns(UserWarning, match="The best models lack the one after epoch 1") as caught:
-        trainer.fit(3)
-    assert len(caught) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
-    assert load_file(tmp_path / "last.pt")["progress"]["epoch"] == 3
-    assert trainer.callbacks[0].best_path is None
 
 
 def test_intervals_read_the_step_count_only_when_they_may_have_passed(tmp_path):

@@ -113,7 +113,9 @@ def test_the_interrupt_is_announced_on_the_display():
     trainer = make_trainer(callbacks=[screen := Screen()], epochs=1)
     with enter(trainer):
         signal.raise_signal(signal.SIGINT)
-    assert screen.said == ("Stopping after this step. Interrupt again to stop at once.",)
+    assert screen.said == (
+        "Stopping after this step: interrupted. Interrupt again to stop at once.",
+    )
 
 
 def test_a_random_state_is_remembered_only_in_an_open_epoch():

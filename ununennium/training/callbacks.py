@@ -5,18 +5,14 @@
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-003
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ununennium.training.checkpoint import CheckpointError, RankMissing, copy_file
-from ununennium.training.checkpoint import remove_leftovers
+from ununennium.training.files import CheckpointFiles, add_ranked, load_own_files, model_path
 from ununennium.training.hooks import Callback, RunView, is_fresh, position_of
-from ununennium.training.messages import add_hint, warn, whole_number
+from ununennium.training.messages import add_hint, whole_number
 from ununennium.training.monitor import Monitor, direction_of, stop_text
 
 _all_ = ["Callback"]  # its import path is public
@@ -89,199 +85,6 @@ class EarlyStopping(Callback):
         self.waited, self.is_restored = state["waited"], True
 
 # %% ../../nbs/training/30_callbacks.ipynb #callbacks-012
-Kept = list[tuple[float, str]]  # score and file name, best first
-
-
-def add_ranked(kept: Kept, score: float, name: str, monitor: Monitor, top_k: int) -> Kept:
-    """Return the models to keep after adding one; a `top_k` of -1 keeps all."""
-    if math.isnan(score) and top_k >= 0:
-        return kept[:top_k]
-    others = (None if math.isnan(other) else other for other, _ in kept)
-    better = [monitor.is_better(score, other) for other in others]
-    rank = better.index(True) if True in better else len(kept)
-    ranked = [*kept[:rank], (score, name), *kept[rank:]]
-    return ranked if top_k < 0 else ranked[:top_k]
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-015
-@dataclass(frozen=True)
-class OwnFiles:
-    """The files in a folder that belong to a run."""
-
-    kept: Kept  # the best models
-    owns_last: bool = False  # whether last.pt belongs to the run as well
-
-    @property
-    def names(self) -> set[str]:
-        """The names of the models kept."""
-        return {name for _, name in self.kept}
-
-    @property
-    def best(self) -> tuple[float | None, str | None]:
-        """Score and name of the best model; None for both if no model has a score."""
-        return next((entry for entry in self.kept if not math.isnan(entry[0])), (None, None))
-
-    def present(self, folder: Path) -> OwnFiles:
-        """Return the list without models whose files are gone."""
-        kept = [entry for entry in self.kept if (folder / entry[1]).is_file()]
-        return replace(self, kept=kept)
-
-    def state_dict(self, folder: Path) -> dict[str, Any]:
-        """Return the list as a checkpoint holds it."""
-        kept = [list(entry) for entry in self.kept]
-        return {"folder": str(folder.resolve()), "kept": kept, "owns_last": self.owns_last}
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-016
-def load_own_files(state: Mapping[str, Any], folder: Path) -> OwnFiles:
-    """Return the list from a checkpoint, or the part of it that is valid in this folder."""
-    if state["folder"] != str(folder.resolve()):
-        return OwnFiles([])
-    kept = [(float(score), str(name)) for score, name in state["kept"]]
-    return OwnFiles(kept, bool(state["owns_last"])).present(folder)
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-019
-def free_path(path: Path, mark: str = "v") -> Path:
-    """Return the path, with a number appended to its name if that is taken."""
-    numbered = (path.with_name(f"{path.stem}-{mark}{n}{path.suffix}") for n in itertools.count(1))
-    return next(free for free in itertools.chain([path], numbered) if not free.exists())
-
-
-def model_path(folder: Path, epoch: int, monitor: str, score: float) -> Path:
-    """Return a free path whose name shows the epoch, counted from 1, and the score."""
-    return free_path(folder / f"epoch={epoch + 1:03d}-{monitor.replace('/', '_')}={score:.4f}.pt")
-
-
-def move_aside(path: Path) -> None:
-    """Rename a file of an earlier run, with a warning."""
-    if path.exists():
-        aside = free_path(path, "old")
-        path.rename(aside)
-        warn(f"{path} of an earlier run was moved to {aside.name}.")
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-022
-def prepare_folder(folder: Path) -> None:
-    """Create a folder, test it, and remove half-written files of killed processes."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-        remove_leftovers(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"Checkpoints cannot be written to {folder} ({error.strerror}). Pass a folder that you "
-            "may write to as dirpath. Nothing was trained."
-        ) from error
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-025
-@dataclass
-class PendingSave:
-    """A save that may still fail: the files that the run owns before it and after it."""
-
-    when: str  # "after epoch 3"
-    before: OwnFiles
-    after: OwnFiles
-    is_final: bool = False
-    is_written: bool = False  # last.pt is in position; only its copies may be missing
-
-    def begin(self, last: Path) -> None:
-        """Move files of an earlier run out of the way."""
-        if not self.before.owns_last:
-            move_aside(last)
-            move_aside(last.with_name("previous.pt"))
-
-    def finish(self, last: Path) -> None:
-        """Copy `last.pt` to the new names, and delete what is no longer kept."""
-        self.is_written = True
-        for name in self.after.names - self.before.names:
-            copy_file(last, last.with_name(name))
-        for name in self.before.names - self.after.names:
-            last.with_name(name).unlink(missing_ok=True)
-
-    def failure(self, error: Exception) -> str:
-        """Return the warning for a failure: what is missing, and what to do."""
-        if isinstance(error, RankMissing):
-            return f"There is no checkpoint {self.when}. {error}"
-        if self.is_written and self.is_final:
-            text = f"The model {self.when} belongs among the best and has no copy: copy last.pt."
-        elif self.is_written:
-            text = f"The best models lack the one {self.when}; training continues."
-        elif self.is_final:
-            text = (
-                f"The final checkpoint, {self.when}, could not be written. Save it elsewhere while "
-                "this trainer exists: trainer.save_checkpoint(path)."
-            )
-        else:
-            text = f"There is no checkpoint {self.when}; training continues and tries again later."
-        return f"{text} {error}"
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-028
-class CheckpointFiles:
-    """Writes the checkpoint files of one run, one at a time, and knows which are its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.own, self.warned = OwnFiles([]), False
-        self.position: tuple[int, int, int] | None = None  # of the last save, unless it failed
-        self.saved_step, self.saved_at, self.windows = 0, 0.0, 0  # windows: since the last save
-        self.saving: tuple[Future[Path], PendingSave] | None = None
-
-    def start(self, trainer: RunView) -> None:
-        """Prepare the folder for a `fit`; a new run owns nothing there."""
-        if is_fresh(trainer):
-            self.own, self.warned = OwnFiles([]), False
-        if trainer.is_main:
-            prepare_folder(self.folder)
-        self.note_position(trainer)
-
-    def note_position(self, trainer: RunView) -> None:
-        """Remember the run's position and the time, as those of the last save."""
-        self.position = position_of(trainer)
-        self.saved_step, self.saved_at, self.windows = trainer.global_step, trainer.clock, 0
-
-    def present(self) -> Kept:
-        """Return the models kept whose files are still there."""
-        self.wait()
-        self.own = self.own.present(self.folder)
-        return self.own.kept
-
-    def save(
-        self, trainer: RunView, when: str, kept: Kept | None = None, *, is_final: bool = False
-    ) -> None:
-        """Start to write `last.pt`, to copy it to new names in `kept`, and to delete old ones."""
-        self.wait()
-        self.note_position(trainer)
-        own = OwnFiles(self.own.kept if kept is None else kept, owns_last=True)
-        pending = PendingSave(when, self.own, own, is_final)
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        try:
-            self.own = own  # now, since it is part of the state that is saved
-            steps = {"first": pending.begin, "then": pending.finish}
-            self.saving = trainer.save_in_background(last, before=previous, **steps), pending
-        except (CheckpointError, OSError) as error:
-            self.give_up(pending, error)
-
-    def wait(self, *, is_final: bool = False) -> None:
-        """Wait for the file that is being written, and handle its failure."""
-        if self.saving is None:
-            return
-        (saving, pending), self.saving = self.saving, None
-        try:
-            saving.result()
-            self.warned = False
-        except (CheckpointError, OSError) as error:
-            pending.is_final |= is_final
-            self.give_up(pending, error)
-
-    def give_up(self, pending: PendingSave, error: Exception) -> None:
-        """Restore the list of files after a failed save, and warn: once, or if it was the last."""
-        self.own = replace(pending.before, owns_last=pending.before.owns_last or pending.is_written)
-        if not pending.is_written:
-            self.position = None  # try again at the end of the run
-        if not self.warned or (pending.is_final and not pending.is_written):
-            warn(pending.failure(error))
-        self.warned = True
-
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-034
 def check_top_k(top_k: object) -> int:
     """Return how many models to keep, or raise if it is not a whole number, -1 or more."""
     try:
@@ -306,14 +109,14 @@ def check_intervals(steps: object, minutes: object) -> tuple[float, float]:
         raise
     return math.inf if steps is None else steps, math.inf if minutes is None else 60 * minutes
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-037
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-015
 class _Unset(str):
     """A default value that the user did not choose. It equals the plain string."""
 
 
 DEFAULT_MODE = _Unset("min")
 
-# %% ../../nbs/training/30_callbacks.ipynb #callbacks-040
+# %% ../../nbs/training/30_callbacks.ipynb #callbacks-018
 class CheckpointCallback(Callback):
     """Keep the last and the best models in a folder.
 

@@ -88,21 +88,22 @@ class OpenEpoch:
         if self.lockstep.ranks.size > 1:
             self.example = next((batch for batch in step.used if not batch.is_idle), self.example)
 
-    def require_closed(self) -> None:
-        """Raise a `RuntimeError` if the window is still open after its step."""
-        if self.window:
-            raise RuntimeError(
-                "The step returned, but its window is still open, so the same batches would "
-                "repeat forever. In your loop, call super().update(window, epoch)."
-            )
-
     def suspend(self, loader: ResumableLoader) -> None:
         """Drop an iterator that has raised; the next `fit` resumes from the position."""
         if self.windows and self.windows.raised and not isinstance(loader.loader, Iterator):
             self.position = loader.state(self.read)
             self.windows, self.window, self.is_broken = None, [], True
 
-# %% ../../nbs/training/62_epoch.ipynb #epoch-014
+# %% ../../nbs/training/62_epoch.ipynb #epoch-007
+def require_closed(epoch: OpenEpoch) -> None:
+    """Raise a `RuntimeError` if an epoch's window is still open after its step."""
+    if epoch.window:
+        raise RuntimeError(
+            "The step returned, but its window is still open, so the same batches would repeat "
+            "forever. In your loop, call super().update(window, epoch)."
+        )
+
+# %% ../../nbs/training/62_epoch.ipynb #epoch-015
 def epoch_state(epoch: OpenEpoch, loader: ResumableLoader) -> dict[str, Any]:
     """Return what a checkpoint stores of an open epoch."""
     place = loader.state(epoch.read) if epoch.windows else epoch.position
@@ -117,7 +118,7 @@ def epoch_state(epoch: OpenEpoch, loader: ResumableLoader) -> dict[str, Any]:
         "samples": samples_done(loader.loader, epoch.read, is_over),
     }
 
-# %% ../../nbs/training/62_epoch.ipynb #epoch-015
+# %% ../../nbs/training/62_epoch.ipynb #epoch-016
 def load_epoch(state: dict[str, Any], device: torch.device) -> OpenEpoch:
     """Return the open epoch that a checkpoint stored, with its running sums on a device."""
     epoch = OpenEpoch(
@@ -131,7 +132,7 @@ def load_epoch(state: dict[str, Any], device: torch.device) -> OpenEpoch:
         epoch.means.setdefault(name, WeightedMean()).load_state_dict(mean, device)
     return epoch
 
-# %% ../../nbs/training/62_epoch.ipynb #epoch-018
+# %% ../../nbs/training/62_epoch.ipynb #epoch-019
 def added_means(states: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the states of means over all ranks, by name."""
     means = {}
@@ -160,7 +161,7 @@ def inherit_epoch(states: list[Any], loader: ResumableLoader, rank: int) -> dict
         "samples": samples,
     }
 
-# %% ../../nbs/training/62_epoch.ipynb #epoch-021
+# %% ../../nbs/training/62_epoch.ipynb #epoch-022
 def totals(epoch: OpenEpoch) -> list[float]:
     """Return how many batches are done, and how many of them were empty, over all ranks."""
     return epoch.lockstep.ranks.sum([epoch.batches, epoch.empty])
@@ -181,7 +182,7 @@ def warn_of_gaps(epoch: OpenEpoch, number: int) -> None:
             "learned."
         )
 
-# %% ../../nbs/training/62_epoch.ipynb #epoch-022
+# %% ../../nbs/training/62_epoch.ipynb #epoch-023
 def check_end(epoch: OpenEpoch, number: int) -> None:
     """Raise if the loader gave no batch; warn if it lost some, or if all were empty.
 

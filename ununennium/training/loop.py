@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..distributed import gradient_exchange
 from .batches import MicroBatch
-from .epoch import OpenEpoch
+from .epoch import OpenEpoch, require_closed
 from .hooks import Hooks, RunView
 from .lockstep import follow
 from .run import Run, close_epoch, count_step, end_of_loader, enter_epoch
@@ -62,7 +62,7 @@ class Loop:
         """Take the epoch's steps; return False if asked to stop before its end."""
         while window := epoch.next_window():  # the same one again until its step is done
             self.step(window, epoch)
-            epoch.require_closed()
+            require_closed(epoch)
             if self.asked_to_stop("train"):
                 return False
         end_of_loader(self.run, epoch)

@@ -308,8 +308,7 @@ class SkippedSteps:
         self, limit: int, ranks: Ranks | None = None, clock: Callable[[], float] | None = None
     ) -> None:
         self.limit, self.ranks, self.clock = limit, ranks or Ranks(), clock or time.monotonic
-        self.tally = StepTally()
-        self.trail = DivergenceTrail()
+        self.tally, self.trail = StepTally(), DivergenceTrail()
         self.checked: float | None = None
 
     def open_epoch(self) -> None:
@@ -329,13 +328,9 @@ class SkippedSteps:
             self.raise_if_stuck(epoch)
 
     def close_epoch(self, epoch: int, scaled: bool = False) -> int:
-        """Return how many steps the epoch skipped, and warn about them, explaining the first.
-
-        With a scaled loss (`scaled`), gradients may overflow without a warning.
-        """
+        """Return how many steps the epoch skipped; warn, unless a `scaled` loss explains them."""
         self.raise_if_stuck(epoch)
-        count = self.tally.read().count
-        where, culprit = self.first() if count else ("", "")
+        where, culprit = self.first() if (count := self.tally.read().count) else ("", "")
         if count and not (scaled and culprit == "gradient"):
             explained = explanation(culprit, self.trail)
             warn(f"{skip_message(epoch, count, where, culprit)} {explained}")
