@@ -14,15 +14,13 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 
 from processes import on_ranks
 from ununennium.distributed import (
+    Exchange,
     Failures,
     OwnSamples,
     RankFailed,
     Ranks,
     begin_after,
-    exchange_off,
-    find_ddp,
     find_ranks,
-    gradient_exchange,
     is_lost_connection,
     mean_over_ranks,
     own_share,
@@ -39,7 +37,7 @@ def test_one_process_exchanges_nothing(monkeypatch):
     assert ranks == find_ranks() and ranks.is_main
     assert ranks.sum([1, 2.5]) == [1, 2.5] and ranks.gather("a") == ["a"]
     assert ranks.from_main(None) is None and share_buffers(ranks, model) is None
-    with gradient_exchange(find_ddp(model), False), exchange_off(model):
+    with Exchange(model).gradients(False), Exchange(model).none():
         pass
 
 
@@ -81,9 +79,10 @@ class Counted:
 def accumulate(compiled):
     model = DistributedDataParallel(nn.Linear(2, 1, bias=False))
     counted, outer = Counted(model), torch.compile(model, backend="eager") if compiled else model
-    assert find_ddp(outer) is model
+    exchange = Exchange(outer)
+    assert exchange.ddps == [model] and exchange.is_shared
     for number in range(4):
-        with gradient_exchange(find_ddp(outer), is_last=number == 3):
+        with exchange.gradients(is_last=number == 3):
             outer(torch.full((1, 2), dist.get_rank() + 1.0)).sum().backward()
     return counted.count, model.module.weight.grad.tolist()
 
@@ -96,7 +95,7 @@ def test_gradients_are_exchanged_once_per_window(compiled):
 def validate_unevenly():
     model = DistributedDataParallel(nn.BatchNorm1d(2))
     model.eval()
-    with exchange_off(model), torch.no_grad():
+    with Exchange(model).none(), torch.no_grad():
         for _ in range(3 * dist.get_rank()):
             model(torch.ones(4, 2))
     assert model.require_forward_param_sync

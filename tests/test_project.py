@@ -250,6 +250,7 @@ def test_promises_are_tested_through_public_names(path):
 # Private names of other libraries that have no public counterpart.
 BORROWED = {
     "_BatchNorm": "PyTorch: the base class of all batch norms",
+    "_static_graph_delay_allreduce_enqueued": "PyTorch: whether DDP has recorded a static graph",
     "_buffers": "PyTorch: buffers of one module, where assigning replaces them",
     "_foreach_copy_": "PyTorch: one kernel for many tensors",
     "_foreach_mul_": "PyTorch: one kernel for many tensors",

@@ -137,11 +137,7 @@ class Ranks:
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Return the sums over all ranks, in double precision."""
-        if self.size == 1:
-            return list(numbers)
-        totals = torch.tensor(numbers, dtype=torch.float64)
-        await_all(dist.all_reduce(totals, group=self.group, async_op=True), self.failures)
-        return totals.tolist()
+        return list(numbers) if self.size == 1 else self.reduce(numbers, dist.ReduceOp.SUM)
 
     def gather(self, value: _T) -> list[_T]:
         """Return what all ranks passed, in their order. It is pickled."""
@@ -151,6 +147,17 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, packed(value), group=self.group)
         return [unpacked(content) for content in found]
+
+    def max(self, number: float) -> float:
+        """Return the largest number of all ranks."""
+        return number if self.size == 1 else self.reduce([number], dist.ReduceOp.MAX)[0]
+
+    def reduce(self, numbers: Sequence[float], op: Any) -> list[float]:
+        """Return what an operation makes of the numbers of all ranks."""
+        result = torch.tensor(numbers, dtype=torch.float64)
+        exchange = dist.all_reduce(result, op=op, group=self.group, async_op=True)
+        await_all(exchange, self.failures)
+        return result.tolist()
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank passed True."""
@@ -165,21 +172,22 @@ class Ranks:
         dist.broadcast_object_list(found, src=0, group=self.group)
         return unpacked(found[0])
 
-    def on_main(self, function: Callable[[], _T]) -> _T:
-        """Call a function on rank 0; return its result, or raise its error, on all ranks."""
-        if self.size == 1:
-            return function()
-        result, error = None, None
-        try:
-            result = function() if self.is_main else None
-        except Exception as raised:
-            error = raised
-        result, error = self.from_main((result, error))
-        if error is not None:
-            raise error
-        return cast(_T, result)
+# %% ../nbs/20_distributed.ipynb #distributed-018
+def on_main(ranks: Ranks, function: Callable[[], _T]) -> _T:
+    """Call a function on rank 0; return its result, or raise its error, on all ranks."""
+    if ranks.size == 1:
+        return function()
+    result, error = None, None
+    try:
+        result = function() if ranks.is_main else None
+    except Exception as raised:
+        error = raised
+    result, error = ranks.from_main((result, error))
+    if error is not None:
+        raise error
+    return cast(_T, result)
 
-# %% ../nbs/20_distributed.ipynb #distributed-020
+# %% ../nbs/20_distributed.ipynb #distributed-021
 @functools.lru_cache(maxsize=1)
 def host_group(world: object) -> dist.ProcessGroup | None:
     """Return a Gloo group of all ranks, the same one for each use of the default group."""
@@ -209,37 +217,66 @@ def find_ranks() -> Ranks:
         return Ranks()
     return Ranks(rank, size, host_group(dist.group.WORLD), Failures(group_store(), rank))
 
-# %% ../nbs/20_distributed.ipynb #distributed-025
-def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
-    """Return the `DistributedDataParallel` in a model, or None."""
-    found = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
-    return next(found, None)
+# %% ../nbs/20_distributed.ipynb #distributed-026
+class Exchange:
+    """What ranks exchange while a model computes.
 
+    Parameters
+    ----------
+    model
+        Wrapped by `DistributedDataParallel` as a whole or in parts; otherwise nothing is exchanged.
+    """
 
-def is_shared(model: nn.Module) -> bool:
-    """Return whether ranks train a model together."""
-    return find_ddp(model) is not None
+    def __init__(self, model: nn.Module) -> None:
+        parts = list(model.modules())
+        self.ddps = [part for part in parts if isinstance(part, DistributedDataParallel)]
+        norms = (part for part in parts if isinstance(part, nn.modules.batchnorm._BatchNorm))
+        self.has_sync_norm = any(hasattr(norm, "process_group") for norm in norms)
 
+    @property
+    def records_graph(self) -> bool:
+        """Whether the next backward pass is the one in which a static graph is recorded."""
+        static = (ddp for ddp in self.ddps if ddp.static_graph)
+        return any(not ddp._static_graph_delay_allreduce_enqueued for ddp in static)
 
-def gradient_exchange(
-    ddp: DistributedDataParallel | None, is_last: bool
-) -> contextlib.AbstractContextManager:
-    """Return the context for forward and backward that exchanges gradients only if `is_last`."""
-    return contextlib.nullcontext() if is_last or ddp is None else ddp.no_sync()
+    @property
+    def needs_equal_passes(self) -> bool:
+        """Whether all ranks have to make the same number of passes in the next window."""
+        return self.has_sync_norm or self.records_graph
 
-# %% ../nbs/20_distributed.ipynb #distributed-030
-@contextlib.contextmanager
-def exchange_off(model: nn.Module) -> Iterator[None]:
-    """Let forward passes in the block exchange nothing, so that ranks may make unequal numbers."""
-    ddp = find_ddp(model)
-    if ddp is None:
-        yield
-        return
-    before, ddp.require_forward_param_sync = ddp.require_forward_param_sync, False
-    try:
-        yield
-    finally:
-        ddp.require_forward_param_sync = before
+    @property
+    def is_shared(self) -> bool:
+        """Whether ranks train the model together."""
+        return bool(self.ddps)
+
+    def covers(self, parameter: nn.Parameter) -> bool:
+        """Return whether the gradient of a parameter is exchanged."""
+        return any(parameter is other for ddp in self.ddps for other in ddp.parameters())
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the wrapped model is; None if it is not wrapped."""
+        return next((p.device for ddp in self.ddps for p in ddp.parameters()), None)
+
+    def gradients(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Return the context of a forward and a backward pass: exchange only if `is_last`."""
+        stack = contextlib.ExitStack()
+        if not is_last and self.ddps and not self.records_graph:
+            for ddp in self.ddps:
+                stack.enter_context(ddp.no_sync())
+        return stack
+
+    @contextlib.contextmanager
+    def none(self) -> Iterator[None]:
+        """Exchange nothing in forward passes, so that ranks may make unequal numbers of them."""
+        before = [ddp.require_forward_param_sync for ddp in self.ddps]
+        try:
+            for ddp in self.ddps:
+                ddp.require_forward_param_sync = False
+            yield
+        finally:
+            for ddp, sync in zip(self.ddps, before, strict=True):
+                ddp.require_forward_param_sync = sync
 
 # %% ../nbs/20_distributed.ipynb #distributed-033
 @torch.no_grad()
@@ -258,6 +295,15 @@ def share_buffers(ranks: Ranks, model: nn.Module) -> None:
             buffer.copy_(part.view_as(buffer))
 
 # %% ../nbs/20_distributed.ipynb #distributed-036
+def whole_state(ranks: Ranks, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimizer's whole state, even if ranks divide it. All ranks have to call it."""
+    consolidate = getattr(optimizer, "consolidate_state_dict", None)
+    if consolidate is None:
+        return optimizer.state_dict()
+    consolidate(to=0)
+    return ranks.from_main(optimizer.state_dict() if ranks.is_main else {})
+
+# %% ../nbs/20_distributed.ipynb #distributed-038
 def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str, float]:
     """Return the means over all ranks as plain numbers, by name."""
     if ranks.size == 1:
@@ -269,7 +315,7 @@ def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str
         merged[name] = sum(totals) / sum(weights) if sum(weights) else math.nan
     return merged
 
-# %% ../nbs/20_distributed.ipynb #distributed-039
+# %% ../nbs/20_distributed.ipynb #distributed-041
 class OwnSamples:
     """A rank's samples of an epoch: no sample is repeated, and none of another rank is in it.
 
@@ -304,7 +350,7 @@ class OwnSamples:
         sampler = self.sampler
         return iter(self.order()[self.start + sampler.rank : self.end : sampler.num_replicas])
 
-# %% ../nbs/20_distributed.ipynb #distributed-042
+# %% ../nbs/20_distributed.ipynb #distributed-044
 def own_share(loader: Any, size: int) -> Any:
     """Return a copy of a loader that reads a rank's `OwnSamples`; other loaders as they are.
 
@@ -329,7 +375,7 @@ def own_share(loader: Any, size: int) -> Any:
     own.__dict__.update(parts)  # a DataLoader refuses plain assignments
     return own
 
-# %% ../nbs/20_distributed.ipynb #distributed-045
+# %% ../nbs/20_distributed.ipynb #distributed-047
 def group_batch_size(loader: Any) -> int | None:
     """Return how many samples the ranks read in one batch of each; None without `OwnSamples`."""
     sampler = getattr(loader, "sampler", None)

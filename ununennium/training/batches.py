@@ -93,26 +93,31 @@ def quote_names(names: tuple[str, list[str]] | None, rows: list[int] | None = No
     return f"{names[0]} {', '.join(chosen[:5])}{more}"
 
 # %% ../../nbs/training/40_batches.ipynb #batches-014
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return `value` with all tensors on `device`.
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Call a function for each tensor, and return the results in the same structure.
 
     Parameters
     ----------
+    function
+        Called with each tensor.
     value
         A tensor, or a nested mapping, list, tuple or named tuple. Mappings become dictionaries;
         values of other types stay as they are.
-    device
-        The device to copy to.
     """
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
+        return type(value)(*(map_tensors(function, item) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(map_tensors(function, item) for item in value)
     return value
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return `value` with all tensors on a device; see `map_tensors`."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 # %% ../../nbs/training/40_batches.ipynb #batches-017
 def prediction(output: Any) -> Any:

@@ -347,7 +347,8 @@ def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str]
         if raw is None:
             report["input"] = "train_loader can be read only once, so it was not inspected"
             return report, []
-        found, problems, losses = inspect_step(run, raw)
+        with run.task.exchange.gradients(is_last=False):
+            found, problems, losses = inspect_step(run, raw)
         report |= found | inspect_loop(loop_class)
         problems += inspect_last_batch(run)
         scores = {"lr": 0.0} | {f"train_{name}": 0.0 for name in losses}

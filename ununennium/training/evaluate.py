@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import Ranks, exchange_off, mean_over_ranks
-from ..metrics import ConfusionMatrix, MetricSet, WeightedMean
+from ..distributed import Ranks, mean_over_ranks
+from ..metrics import ConfusionMatrix, MetricSet, WeightedMean, check_mergeable
 from .batches import MicroBatch, open_iterator, prediction
 from .batches import quote_names, sample_names
 from .messages import add_hint, warn
@@ -183,6 +183,8 @@ class Evaluator:
         self.task, self.ranks = task, ranks or Ranks()
         self.metrics = None if metrics is None else MetricSet(metrics, task.config.class_names)
         compare_ignored(self.metrics, task.ignore_index)
+        if self.metrics is not None and self.ranks.size > 1:
+            check_mergeable(self.metrics.metrics)
         self.directions: dict[str, str] = {}  # score -> "max" or "min"
 
     @torch.no_grad()
@@ -191,7 +193,7 @@ class Evaluator:
     ) -> dict[str, float] | None:
         """Return all scores over a loader, or None if `should_stop()` was true before a batch."""
         total, model = ScoringPass(self.task, self.metrics), self.task.model
-        with modes_restored(model), random_state_kept(), exchange_off(model):
+        with modes_restored(model), random_state_kept(), self.task.exchange.none():
             model.eval()
             for number, raw in enumerate(open_iterator(loader)):
                 if should_stop():

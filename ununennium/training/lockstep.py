@@ -12,10 +12,10 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..distributed import RankFailed, Ranks, is_lost_connection
-from .batches import MicroBatch, open_iterator
+from ..distributed import Exchange, RankFailed, Ranks, is_lost_connection
+from .batches import MicroBatch, map_tensors, open_iterator
 from .state import Progress
 
 # %% auto #0
@@ -56,23 +56,17 @@ def first_reason(reasons: list[str | None]) -> str | None:
     return reason if "(rank " in reason else f"{reason} (rank {rank})"
 
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-011
-def zeroed(value: Any) -> Any:
-    """Return tensors of zeros, in the structure of `value`."""
-    if isinstance(value, Tensor):
-        return torch.zeros_like(value)
-    if isinstance(value, dict):
-        return {key: zeroed(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(zeroed(item) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(zeroed(item) for item in value)
-    return value
+def emptied(tensor: Tensor) -> Tensor:
+    """Return a tensor with no samples; a scalar as it is."""
+    return tensor[:0] if tensor.ndim else tensor
 
 
-def idle_batch(like: MicroBatch) -> MicroBatch:
-    """Return a batch like another, whose gradient is zero."""
+def idle_batch(like: MicroBatch, *, has_samples: bool = True) -> MicroBatch:
+    """Return a batch like another, whose gradient is zero; with samples of zeros, or with none."""
+    target = like.target if has_samples else map_tensors(emptied, like.target)
+    inputs = map_tensors(torch.zeros_like if has_samples else emptied, like.inputs)
     return replace(
-        like, raw=None, inputs=zeroed(like.inputs), weight=0.0, share=0.0, is_last=True,
+        like, raw=None, inputs=inputs, target=target, weight=0.0, share=0.0, is_last=True,
         is_idle=True, losses={}, checks={},
     )  # fmt: skip
 
@@ -98,7 +92,9 @@ class Windows(Protocol):
 def note_of(epoch: Windows) -> Note:
     """Read the next window of an epoch, and return what there is to say about it."""
     window = epoch.read_window()
-    weight = float(sum((batch.weight for batch in window), start=0.0))
+    for batch in window:  # a weight on a device has to be known on the host, to be compared
+        batch.weight = float(batch.weight)
+    weight = float(sum(batch.weight for batch in window))
     return Note(weight, bool(window), lacks=not weight and epoch.example is None)
 
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-020
@@ -111,10 +107,18 @@ class Lockstep:
         The processes of the run.
     progress
         Where requests to stop and to pause are noted. A request of any rank reaches all.
+    exchange
+        What ranks exchange while the model computes; None if they exchange nothing.
     """
 
-    def __init__(self, ranks: Ranks | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks | None = None,
+        progress: Progress | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
         self.ranks, self.progress = ranks or Ranks(), progress or Progress()
+        self.exchange = exchange or Exchange(nn.Identity())
         self.mine, self.note = Note(), Note()
         self.is_ahead = False  # the note is about a window that was not taken yet
         self.is_broken = False  # a rank has failed, and the others cannot be reached
@@ -170,9 +174,9 @@ def failures_told(lockstep: Lockstep) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if lockstep.ranks.size == 1 or getattr(error, "is_agreed", False):
+        if lockstep.ranks.size == 1:
             raise
-        lockstep.is_broken = True
+        lockstep.is_broken = not getattr(error, "is_agreed", False)
         if is_lost_connection(error):
             raise failures.explanation() from error
         if not isinstance(error, RankFailed):
@@ -186,16 +190,26 @@ def borrow(ranks: Ranks, own: MicroBatch | None) -> MicroBatch:
     return own or next(batch for batch in found if batch is not None)
 
 
+def passes_of(lockstep: Lockstep, own: int) -> int:
+    """Return how many passes this rank has to make in a window of which it uses `own` batches."""
+    if lockstep.exchange.needs_equal_passes:
+        return int(lockstep.ranks.max(own))
+    return max(own, 1)
+
+
 def complete(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
-    """Return an epoch's window with its shares, and an idle batch if it needs one."""
+    """Return an epoch's window with its shares, and with the idle batches that it needs."""
     window, total = epoch.window, lockstep.note.weight
     if not total:  # no rank has a valid pixel
         return window or [MicroBatch(None, None, None, 0.0, 0)]
-    used = next((batch for batch in window if not batch.is_empty), None)
+    used = [batch for batch in window if not batch.is_empty]
+    example = next(iter(used), epoch.example)
     if lockstep.note.lacks:
-        epoch.example = borrow(lockstep.ranks, epoch.example or used)
-    if used is None and epoch.example is not None:
-        window = [*window, idle_batch(epoch.example)]
+        epoch.example = example = borrow(lockstep.ranks, example)
+    assert example is not None
+    idle = idle_batch(example, has_samples=not lockstep.exchange.has_sync_norm)
+    missing = passes_of(lockstep, len(used)) - len(used)
+    window = [*window, *(replace(idle) for _ in range(missing))]
     share_out(window, total, lockstep.ranks.size)
     return window
 

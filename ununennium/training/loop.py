@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..distributed import gradient_exchange
 from .batches import MicroBatch
 from .epoch import OpenEpoch, require_closed
 from .hooks import Hooks, RunView
@@ -87,7 +86,7 @@ class Loop:
         """Add a batch's share to the gradient; return its losses."""
         if batch.is_empty:
             return {}
-        with gradient_exchange(self.stepper.ddp, batch.is_last):
+        with self.run.task.exchange.gradients(batch.is_last):
             with self.run.task.precision.autocast():
                 batch.losses = self.losses(batch)
             self.stepper.backward(batch.losses["loss"], batch.share)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from ..distributed import Ranks, is_shared
+from ..distributed import Exchange, Ranks
 from .batches import num_batches
 from .config import TrainerConfig
 from .hooks import HOOKS, Callback, has_hook
@@ -150,18 +150,27 @@ def check_config(config: object) -> None:
 def reads_all(loader: Any) -> int:
     """Return how many samples one of PyTorch's plain loaders reads; 0 for other loaders."""
     usual = (RandomSampler, SequentialSampler)
-    is_usual = isinstance(loader, DataLoader) and type(getattr(loader, "sampler", None)) in usual
-    return len(loader.sampler) if is_usual and type(loader.batch_sampler) is BatchSampler else 0
+    if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
+        return 0
+    return len(loader.sampler) if isinstance(loader.sampler, usual) else 0
 
 
-def check_ranks(ranks: Ranks, model: nn.Module, train_loader: Any) -> None:
-    """Warn if ranks do not share a model, or if all of them read the same data."""
+def check_ranks(
+    ranks: Ranks, exchange: Exchange, parameters: list[nn.Parameter], train_loader: Any
+) -> None:
+    """Warn if ranks do not share a model or some parameters, or if all read the same data."""
     if ranks.size == 1:
         return
-    if not is_shared(model) and any(p.requires_grad for p in model.parameters()):
+    if not exchange.is_shared:
         warn(
             f"{ranks.size} processes train, and the model is not wrapped, so each trains a model "
             "of its own. Wrap it: DistributedDataParallel(model)."
+        )
+    elif alone := [p for p in parameters if p.requires_grad and not exchange.covers(p)]:
+        warn(
+            f"{len(alone)} of the trained parameters, the first of shape {tuple(alone[0].shape)}, "
+            "are outside of DistributedDataParallel, so they will differ between processes. Wrap "
+            "the whole model."
         )
     samples = set(ranks.gather(reads_all(train_loader)))
     if len(samples) == 1 and 0 not in samples:

@@ -25,21 +25,33 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../../nbs/training/48_precision.ipynb #precision-011
+LOCAL_RANKS = (
+    "LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+)  # fmt: skip
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, as told by what started it; or 0."""
+    return int(next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), 0))
+
+# %% ../../nbs/training/48_precision.ipynb #precision-012
 def cuda_device(index: int | None) -> torch.device:
     """Return a GPU by its index, or this process's own GPU.
 
     Parameters
     ----------
     index
-        Counted from 0; None for the one that `torchrun` assigned (`LOCAL_RANK`), or else the first.
+        Counted from 0; None for the one with this process's number, or the only one that it sees.
 
     Raises
     ------
     ValueError
         If there is no such GPU.
     """
-    index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
     count = torch.cuda.device_count()
+    if index is None:
+        index = local_rank() if count > 1 else 0
     if index >= count:
         gpus = "1 GPU" if count == 1 else f"{count} GPUs"
         raise ValueError(
@@ -48,7 +60,7 @@ def cuda_device(index: int | None) -> torch.device:
         )
     return torch.device("cuda", index)
 
-# %% ../../nbs/training/48_precision.ipynb #precision-015
+# %% ../../nbs/training/48_precision.ipynb #precision-016
 def resolve_device(name: str | torch.device) -> torch.device:
     """Return the device that `TrainerConfig.device` stands for on this machine.
 
@@ -78,7 +90,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
     )
     return torch.device("cpu")
 
-# %% ../../nbs/training/48_precision.ipynb #precision-020
+# %% ../../nbs/training/48_precision.ipynb #precision-021
 def renewed(scaler: GradScaler, device: torch.device) -> GradScaler:
     """Return a scaler with the same scale that has not unscaled anything yet."""
     if not scaler.is_enabled():
@@ -87,7 +99,7 @@ def renewed(scaler: GradScaler, device: torch.device) -> GradScaler:
     new.load_state_dict(scaler.state_dict())
     return new
 
-# %% ../../nbs/training/48_precision.ipynb #precision-022
+# %% ../../nbs/training/48_precision.ipynb #precision-023
 class Precision:
     """Autocast and gradient scaling for one device.
 

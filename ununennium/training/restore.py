@@ -31,8 +31,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 # %% ../../nbs/training/22_restore.ipynb #restore-011
 def bare_names(model: nn.Module) -> dict[str, str]:
-    """Map the names of a model's state, as if no part were compiled, to its actual names."""
-    return {name.replace("_orig_mod.", ""): name for name in unwrap(model).state_dict()}
+    """Map the names of a model's state, as if no part were wrapped, to its actual names."""
+    inner, names = unwrap(model), {}
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    wrapped = [f"{name}." for name, part in inner.named_modules() if isinstance(part, wrappers)]
+    for name in inner.state_dict():
+        path = next(filter(name.startswith, wrapped), "")
+        bare = path + name.removeprefix(f"{path}module.") if path else name
+        names[bare.replace("_orig_mod.", "")] = name
+    return names
 
 # %% ../../nbs/training/22_restore.ipynb #restore-014
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -146,7 +153,7 @@ def load_optimizer(
         If the state belongs to parameters of other shapes or to other groups, or lacks a setting.
     """
     check_state_shapes(optimizer, saved)
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(saved | {"state": dict(saved["state"])})  # some drop parts of it
     for group, then, now in zip(optimizer.param_groups, saved_built, built, strict=True):
         if missing := sorted((then.keys() & now.keys()) - group.keys()):
             raise ValueError(f"the optimizer's settings in the file lack {', '.join(missing)}")

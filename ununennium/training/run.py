@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed import begin_after, find_ranks, own_share, share_buffers
+from ..distributed import begin_after, find_ranks, own_share, share_buffers, whole_state
 from ..metrics import MetricSet
 from .batches import AccumulationWindows
 from .config import TrainerConfig
@@ -122,10 +122,11 @@ def build_run(
     check_parts(model, optimizer, loss_fn, train_loader, val_loader, scheduler, callbacks, config)
     config = config or TrainerConfig()
     task, ranks, progress = Task(model, loss_fn, config, methods), find_ranks(), Progress()
-    check_ranks(ranks, task.model, train_loader)
-    lockstep = Lockstep(ranks, progress)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    check_ranks(ranks, task.exchange, trained, train_loader)
+    lockstep = Lockstep(ranks, progress, task.exchange)
     if optimizer.state:
-        optimizer.load_state_dict(optimizer.state_dict())  # moves it to the model's device
+        optimizer.load_state_dict(whole_state(ranks, optimizer))  # moves it to the model's device
     return Run(
         config=config,
         task=task,
@@ -217,7 +218,8 @@ def count_step(run: Run, step: Step) -> None:
 def make_stepper(run: Run) -> Stepper:
     """Return what turns a window of batches into one guarded optimizer step of this run."""
     task, clip = run.task, run.config.gradient_clip
-    return Stepper(task.model, run.optimizer, task.precision, clip)
+    restores_idle = not task.exchange.has_sync_norm  # else they count the batches of all ranks
+    return Stepper(task.model, run.optimizer, task.precision, clip, restores_idle=restores_idle)
 
 # %% ../../nbs/training/65_run.ipynb #run-036
 def hold_while_paused(run: Run, call: Callable[..., None]) -> None:

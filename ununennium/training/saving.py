@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..distributed import on_main, whole_state
 from .checkpoint import CheckpointError, RankMissing, copy_to_host
 from .checkpoint import finish_writing
 from .checkpoint import load_file, newest_first, save_file, save_in_background
@@ -36,8 +37,15 @@ class Part:
     restore: Callable[[Run, dict[str, Any]], object]
 
 # %% ../../nbs/training/75_saving.ipynb #saving-007
-def typed_state(part: Any) -> dict[str, Any] | None:
-    """Return the state of an optimizer or a scheduler with the name of its type; None if absent."""
+def optimizer_state(run: Run) -> dict[str, Any]:
+    """Return the whole state of the optimizer, with the name of its type."""
+    state = whole_state(run.lockstep.ranks, run.optimizer)
+    return state | {"type": type(run.optimizer).__name__}
+
+
+def scheduler_state(run: Run) -> dict[str, Any] | None:
+    """Return the state of the scheduler, with the name of its type; None if there is none."""
+    part = run.schedule.scheduler
     return None if part is None else part.state_dict() | {"type": type(part).__name__}
 
 
@@ -140,9 +148,9 @@ PARTS = {
         lambda run: model_state(run.task.model),
         lambda run, saved: load_model(run.task.model, saved["model"]),
     ),
-    "optimizer": Part(lambda run: typed_state(run.optimizer), restore_optimizer),
+    "optimizer": Part(optimizer_state, restore_optimizer),
     "optimizer_built": Part(built_settings, lambda run, saved: None),  # read with the optimizer
-    "scheduler": Part(lambda run: typed_state(run.schedule.scheduler), restore_scheduler),
+    "scheduler": Part(scheduler_state, restore_scheduler),
     "scaler": Part(lambda run: run.task.precision.scaler.state_dict(), restore_scaler),
     "callbacks": Part(callback_states, restore_callbacks),
     "progress": Part(
@@ -182,14 +190,14 @@ def run_state(run: Run) -> dict[str, Any]:
 
     All ranks have to call it.
     """
-    state = own_state(run)
     if run.lockstep.ranks.size == 1:
-        return state
+        return own_state(run)
     if run.lockstep.is_broken:
         raise RankMissing(
             "A rank has failed, and a checkpoint needs the states of all. Resume from the last "
             "file that was written."
         )
+    state = own_state(run)
     found = run.lockstep.ranks.gather({name: state[name] for name in RANK_PARTS})
     return state | {"others": found[1:]}
 
@@ -198,7 +206,7 @@ def save_run(run: Run, path: str | Path) -> Path:
     """Write all that a run needs to continue; see `Trainer.save_checkpoint`."""
     finish_writing()  # it may be the same file
     state = run_state(run)
-    return run.lockstep.ranks.on_main(lambda: save_file(state, path))
+    return on_main(run.lockstep.ranks, lambda: save_file(state, path))
 
 
 def save_run_in_background(
@@ -360,7 +368,7 @@ def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Pa
     CheckpointError
         If all files are damaged, the newest intact one does not fit, or `dirpath` is a file.
     """
-    path, saved = run.lockstep.ranks.on_main(lambda: newest_intact(dirpath))
+    path, saved = on_main(run.lockstep.ranks, lambda: newest_intact(dirpath))
     if path is None:
         announce(f"No checkpoint in {dirpath}; starting from scratch.")
         return None

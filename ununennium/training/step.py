@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, _foreach_copy_, _foreach_mul_, _foreach_norm, nn  # pyright: ignore
 
-from ..distributed import find_ddp
 from .batches import MicroBatch
 from .precision import Precision
 
@@ -206,6 +205,8 @@ class Stepper:
         Scales the loss and unscales the gradients.
     clip
         Largest 2-norm of the gradient; None or 0 turns clipping off.
+    restores_idle
+        Whether a window of idle batches leaves the buffers as they were.
     """
 
     def __init__(
@@ -214,10 +215,12 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         clip: float | None,
+        *,
+        restores_idle: bool = True,
     ) -> None:
         self.precision, self.clip = precision, clip or 0.0
         self.gradients = Gradients(model, optimizer)
-        self.guarded, self.ddp = GuardedOptimizer(model, optimizer), find_ddp(model)
+        self.guarded, self.restores_idle = GuardedOptimizer(model, optimizer), restores_idle
 
     def begin(self) -> None:
         """Remember what a skipped step must not change."""
@@ -246,7 +249,7 @@ class Stepper:
         self.precision.unscale(self.guarded.optimizer)
         norm = clip_gradients(gradients, self.clip)
         stepped = self.guarded.step(norm)
-        if all(batch.is_idle for batch in used):
+        if self.restores_idle and all(batch.is_idle for batch in used):
             self.guarded.buffers.restore()
         self.precision.update()
         self.clear()

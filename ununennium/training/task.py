@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Exchange
 from .batches import MicroBatch, prediction, to_device, unpack
 from .config import TrainerConfig
 from .finite import finite_checks
@@ -70,7 +71,7 @@ class Task:
     Parameters
     ----------
     model, loss_fn
-        Both are moved to the device of `config.device`; a wrapped (DDP) model stays where it is.
+        Both are moved to the device of `config.device`, or the loss to that of a wrapped model.
     config
         Its `device`, `mixed_precision`, `amp_dtype`, `ignore_index` and `class_names` count here.
     methods
@@ -85,11 +86,11 @@ class Task:
         methods: BatchMethods | None = None,
     ) -> None:
         self.config, self.methods = config, methods or self
-        self.device = resolve_device(config.device)
+        self.exchange = Exchange(model)
+        self.device = self.exchange.device or resolve_device(config.device)
         mixed = config.mixed_precision and self.device.type == "cuda"
         self.precision = Precision(self.device, getattr(torch, config.amp_dtype) if mixed else None)
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        self.model = model if wrapped else model.to(self.device)
+        self.model = model if self.exchange.is_shared else model.to(self.device)
         if isinstance(loss_fn, nn.Module):
             loss_fn.to(self.device)  # its class weights
         self.loss_fn, self.spec = loss_fn, inspect_loss(loss_fn)
@@ -128,6 +129,8 @@ def run_forward(task: Task, batch: MicroBatch) -> tuple[Any, Any]:
         check_output(task, output, batch.target)
         target = cast_target(target, output, task.spec)
         batch.losses = named_losses(call_loss(task, output, target), task.spec.name)
+    if batch.is_idle:  # the mean over no samples is NaN
+        batch.losses = {name: value.nan_to_num(0.0) for name, value in batch.losses.items()}
     if task.model.training:  # a validation loss is reported as it is
         batch.checks = finite_checks(inputs, target, output, batch.losses["loss"])
     return output, target

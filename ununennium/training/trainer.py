@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import on_main
 from .check import Problems, check
 from .checkpoint import load_file
 from .config import TrainerConfig
@@ -195,7 +196,7 @@ class Trainer(RunFacts):
         CheckpointError
             If the file is damaged or does not fit. The trainer then stays as it was.
         """
-        saved = self.run.lockstep.ranks.on_main(lambda: load_file(path))
+        saved = on_main(self.run.lockstep.ranks, lambda: load_file(path))
         take_over(self.run, saved, path)
 
     def resume(self, dirpath: str | Path) -> Path | None:
