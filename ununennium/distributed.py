@@ -172,7 +172,7 @@ class Ranks:
         dist.broadcast_object_list(found, src=0, group=self.group)
         return unpacked(found[0])
 
-# %% ../nbs/20_distributed.ipynb #distributed-018
+# %% ../nbs/20_distributed.ipynb #distributed-019
 def on_main(ranks: Ranks, function: Callable[[], _T]) -> _T:
     """Call a function on rank 0; return its result, or raise its error, on all ranks."""
     if ranks.size == 1:

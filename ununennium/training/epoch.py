@@ -84,7 +84,6 @@ class OpenEpoch:
             for name, value in batch.losses.items():
                 mean = self.means.setdefault(name, WeightedMean())
                 mean.update(value, batch.weight, step.stepped)
-
         if self.lockstep.ranks.size > 1:
             self.example = next((batch for batch in step.used if not batch.is_idle), self.example)
 

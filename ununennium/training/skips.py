@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,6 +119,12 @@ class SkipCounts:
         longest = max(self.longest, later.longest)
         first = self.first or later.first
         return SkipCounts(self.count + later.count, first, later.in_a_row, longest)
+
+
+def load_counts(state: Mapping[str, Any]) -> SkipCounts:
+    """Return the counts that a checkpoint kept."""
+    first = state["first"] and tuple(state["first"])
+    return SkipCounts(first=first, **{name: int(state[name]) for name in state if name != "first"})
 
 # %% ../../nbs/training/57_skips.ipynb #skips-020
 def skip_runs(stepped: Tensor, before: int | Tensor) -> Tensor:
@@ -362,6 +368,4 @@ class SkippedSteps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with what a checkpoint kept."""
         self.open_epoch()
-        first = state["first"] and tuple(state["first"])
-        numbers = {name: int(state[name]) for name in ("count", "in_a_row", "longest")}
-        self.tally.counts = SkipCounts(first=first, **numbers)
+        self.tally.counts = load_counts(state)

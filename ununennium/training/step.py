@@ -210,14 +210,9 @@ class Stepper:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        clip: float | None,
-        *,
-        restores_idle: bool = True,
-    ) -> None:
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision,
+        clip: float | None, *, restores_idle: bool = True,
+    ) -> None:  # fmt: skip
         self.precision, self.clip = precision, clip or 0.0
         self.gradients = Gradients(model, optimizer)
         self.guarded, self.restores_idle = GuardedOptimizer(model, optimizer), restores_idle
