@@ -218,18 +218,42 @@ def find_ranks() -> Ranks:
     return Ranks(rank, size, host_group(dist.group.WORLD), Failures(group_store(), rank))
 
 # %% ../nbs/20_distributed.ipynb #distributed-026
+def is_part(tensor: Any) -> bool:
+    """Return whether a tensor is a part of one that is divided among ranks (a `DTensor`)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole of a tensor of which each rank has a part; others as they are."""
+    part: Any = tensor
+    return part.full_tensor() if is_part(part) else tensor
+
+
+def part_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """Return this rank's part of a whole tensor, divided as another one; whole if that is whole."""
+    if not is_part(like) or is_part(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    local, (mesh, placements) = tensor.to(like.device), (like.device_mesh, like.placements)
+    return distribute_tensor(local, mesh, placements, src_data_rank=None)
+
+# %% ../nbs/20_distributed.ipynb #distributed-027
 class Exchange:
     """What ranks exchange while a model computes.
 
     Parameters
     ----------
     model
-        Wrapped by `DistributedDataParallel` as a whole or in parts; otherwise nothing is exchanged.
+        Wrapped by `DistributedDataParallel` as a whole or in parts, or sharded by `fully_shard`;
+        otherwise nothing is exchanged.
     """
 
     def __init__(self, model: nn.Module) -> None:
         parts = list(model.modules())
         self.ddps = [part for part in parts if isinstance(part, DistributedDataParallel)]
+        self.sharded: list[Any] = [p for p in parts if hasattr(p, "set_requires_gradient_sync")]
+        self.is_sharded = bool(self.sharded)  # each rank has a part of the model
         norms = (part for part in parts if isinstance(part, nn.modules.batchnorm._BatchNorm))
         self.has_sync_norm = any(hasattr(norm, "process_group") for norm in norms)
 
@@ -242,25 +266,29 @@ class Exchange:
     @property
     def needs_equal_passes(self) -> bool:
         """Whether all ranks have to make the same number of passes in the next window."""
-        return self.has_sync_norm or self.records_graph
+        return self.has_sync_norm or self.is_sharded or self.records_graph
 
     @property
     def is_shared(self) -> bool:
         """Whether ranks train the model together."""
-        return bool(self.ddps)
+        return bool(self.ddps or self.sharded)
 
     def covers(self, parameter: nn.Parameter) -> bool:
         """Return whether the gradient of a parameter is exchanged."""
-        return any(parameter is other for ddp in self.ddps for other in ddp.parameters())
+        return is_part(parameter) or any(
+            parameter is other for ddp in self.ddps for other in ddp.parameters()
+        )
 
     @property
     def device(self) -> torch.device | None:
         """Where the wrapped model is; None if it is not wrapped."""
-        return next((p.device for ddp in self.ddps for p in ddp.parameters()), None)
+        return next((p.device for x in (*self.ddps, *self.sharded) for p in x.parameters()), None)
 
     def gradients(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Return the context of a forward and a backward pass: exchange only if `is_last`."""
         stack = contextlib.ExitStack()
+        for part in self.sharded:
+            part.set_requires_gradient_sync(is_last, recurse=False)
         if not is_last and self.ddps and not self.records_graph:
             for ddp in self.ddps:
                 stack.enter_context(ddp.no_sync())
@@ -268,7 +296,7 @@ class Exchange:
 
     @contextlib.contextmanager
     def none(self) -> Iterator[None]:
-        """Exchange nothing in forward passes, so that ranks may make unequal numbers of them."""
+        """Exchange no buffers in forward passes, so that ranks may make unequal numbers of them."""
         before = [ddp.require_forward_param_sync for ddp in self.ddps]
         try:
             for ddp in self.ddps:
@@ -277,8 +305,10 @@ class Exchange:
         finally:
             for ddp, sync in zip(self.ddps, before, strict=True):
                 ddp.require_forward_param_sync = sync
+            for part in self.sharded:  # a pass without a backward pass leaves parameters whole
+                part.reshard()
 
-# %% ../nbs/20_distributed.ipynb #distributed-033
+# %% ../nbs/20_distributed.ipynb #distributed-034
 @torch.no_grad()
 def share_buffers(ranks: Ranks, model: nn.Module) -> None:
     """Give every rank the buffers of rank 0: one exchange for each dtype and device."""
@@ -294,7 +324,7 @@ def share_buffers(ranks: Ranks, model: nn.Module) -> None:
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
-# %% ../nbs/20_distributed.ipynb #distributed-036
+# %% ../nbs/20_distributed.ipynb #distributed-037
 def whole_state(ranks: Ranks, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return an optimizer's whole state, even if ranks divide it. All ranks have to call it."""
     consolidate = getattr(optimizer, "consolidate_state_dict", None)
@@ -303,7 +333,7 @@ def whole_state(ranks: Ranks, optimizer: torch.optim.Optimizer) -> dict[str, Any
     consolidate(to=0)
     return ranks.from_main(optimizer.state_dict() if ranks.is_main else {})
 
-# %% ../nbs/20_distributed.ipynb #distributed-038
+# %% ../nbs/20_distributed.ipynb #distributed-039
 def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str, float]:
     """Return the means over all ranks as plain numbers, by name."""
     if ranks.size == 1:
@@ -315,7 +345,7 @@ def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str
         merged[name] = sum(totals) / sum(weights) if sum(weights) else math.nan
     return merged
 
-# %% ../nbs/20_distributed.ipynb #distributed-041
+# %% ../nbs/20_distributed.ipynb #distributed-042
 class OwnSamples:
     """A rank's samples of an epoch: no sample is repeated, and none of another rank is in it.
 
@@ -350,7 +380,7 @@ class OwnSamples:
         sampler = self.sampler
         return iter(self.order()[self.start + sampler.rank : self.end : sampler.num_replicas])
 
-# %% ../nbs/20_distributed.ipynb #distributed-044
+# %% ../nbs/20_distributed.ipynb #distributed-045
 def own_share(loader: Any, size: int) -> Any:
     """Return a copy of a loader that reads a rank's `OwnSamples`; other loaders as they are.
 
@@ -375,7 +405,7 @@ def own_share(loader: Any, size: int) -> Any:
     own.__dict__.update(parts)  # a DataLoader refuses plain assignments
     return own
 
-# %% ../nbs/20_distributed.ipynb #distributed-047
+# %% ../nbs/20_distributed.ipynb #distributed-048
 def group_batch_size(loader: Any) -> int | None:
     """Return how many samples the ranks read in one batch of each; None without `OwnSamples`."""
     sampler = getattr(loader, "sampler", None)

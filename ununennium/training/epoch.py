@@ -43,8 +43,7 @@ class OpenEpoch:
     is_broken
         Whether the loader raised an error and its iterator was dropped.
     inherited
-        What another number of ranks has done of it: samples of all ranks, and the number of this
-        rank's batches that stand for them.
+        Samples that another number of ranks has done, and this rank's batches that stand for them.
     lockstep, example
         Keeps ranks in step, and the latest batch with a valid pixel, for a rank to imitate.
     """

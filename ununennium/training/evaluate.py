@@ -109,9 +109,11 @@ class ScoringPass:
     def add(self, batch: MicroBatch) -> None:
         """Add a batch's losses, and update the metrics with its predictions."""
         self.batches += 1
-        if batch.is_empty:
+        if batch.is_empty and not self.task.exchange.is_sharded:
             return
         output, target = self.task.forward(batch)
+        if batch.is_empty:
+            return
         self.losses.append((batch.number, batch.losses["loss"]))
         for name, value in batch.losses.items():
             self.means.setdefault(name, WeightedMean()).update(value, batch.weight)
@@ -189,16 +191,25 @@ class Evaluator:
 
     @torch.no_grad()
     def score(
-        self, loader: Iterable[Any], should_stop: Callable[[], bool] = lambda: False
+        self,
+        loader: Iterable[Any],
+        should_stop: Callable[[], object] = lambda: False,
+        stand_in: Callable[[Any], Any] = lambda raw: None,
     ) -> dict[str, float] | None:
-        """Return all scores over a loader, or None if `should_stop()` was true before a batch."""
+        """Return all scores over a loader, or None if `should_stop()` was true before a batch.
+
+        With several ranks, the loader may give None while others have a batch. `stand_in(None)` is
+        then what to compute on nevertheless, if it is not None.
+        """
         total, model = ScoringPass(self.task, self.metrics), self.task.model
         with modes_restored(model), random_state_kept(), self.task.exchange.none():
             model.eval()
             for number, raw in enumerate(open_iterator(loader)):
                 if should_stop():
                     return None
-                if raw is not None:  # else only another rank has a batch
+                if (other := stand_in(raw)) is not None:
+                    self.task.forward(self.task.prepare(other, number))
+                if raw is not None:
                     with batch_named(number, raw):
                         total.add(self.task.prepare(raw, number))
         batches, used = self.ranks.sum([total.batches, len(total.losses)])

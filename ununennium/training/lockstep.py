@@ -120,6 +120,7 @@ class Lockstep:
         self.ranks, self.progress = ranks or Ranks(), progress or Progress()
         self.exchange = exchange or Exchange(nn.Identity())
         self.mine, self.note = Note(), Note()
+        self.seen: Any = None  # the last batch of the validation loader, if the model is sharded
         self.is_ahead = False  # the note is about a window that was not taken yet
         self.is_broken = False  # a rank has failed, and the others cannot be reached
 
@@ -184,10 +185,10 @@ def failures_told(lockstep: Lockstep) -> Iterator[None]:
         raise
 
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-026
-def borrow(ranks: Ranks, own: MicroBatch | None) -> MicroBatch:
+def borrow(ranks: Ranks, own: Any) -> Any:
     """Return this rank's batch, or that of the lowest rank that has one."""
     found = ranks.gather(own)
-    return own or next(batch for batch in found if batch is not None)
+    return next(batch for batch in found if batch is not None) if own is None else own
 
 
 def passes_of(lockstep: Lockstep, own: int) -> int:
@@ -226,9 +227,10 @@ def next_window(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-031
 def batches_and_none(lockstep: Lockstep, batches: Iterator[Any]) -> Iterator[Any]:
     """Yield batches, then None; notes have to be compared after each."""
+    lockstep.seen = None
     while True:
         raw = next(batches, None)
-        lockstep.mine = Note(batches=raw is not None)
+        lockstep.mine = Note(batches=raw is not None, lacks=raw is None and lockstep.seen is None)
         yield raw
         if raw is None and not lockstep.note.batches:
             return
@@ -239,3 +241,13 @@ def follow(lockstep: Lockstep, loader: Iterable[Any]) -> Iterable[Any]:
     if lockstep.ranks.size == 1:
         return loader
     return batches_and_none(lockstep, open_iterator(loader))
+
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-033
+def stand_in(lockstep: Lockstep, raw: Any) -> Any:
+    """Return what a rank without a batch computes on, to help the others; None if it need not."""
+    if not (lockstep.exchange.is_sharded and lockstep.note.batches):
+        return None
+    lockstep.seen = lockstep.seen if raw is None else raw
+    if lockstep.note.lacks:
+        lockstep.seen = borrow(lockstep.ranks, lockstep.seen)
+    return lockstep.seen if raw is None else None

@@ -10,9 +10,14 @@ from torch import Tensor
 from .batches import MicroBatch
 from .epoch import OpenEpoch, require_closed
 from .hooks import Hooks, RunView
-from .lockstep import follow
 from .run import Run, close_epoch, count_step, end_of_loader, enter_epoch
-from .run import hold_while_paused, listeners_of, make_stepper, note_random_state
+from ununennium.training.run import (
+    hold_while_paused,
+    listeners_of,
+    make_stepper,
+    note_random_state,
+    score,
+)
 from .session import session
 
 # %% auto #0
@@ -110,8 +115,7 @@ class Loop:
         if not run.lockstep.any(run.val_loader is not None):
             return {}
         note_random_state(run)  # for a file that is written during validation
-        batches = follow(run.lockstep, run.loader("val"))
-        scores = run.evaluator.score(batches, lambda: self.asked_to_stop("validate"))
+        scores = score(run, run.loader("val"), lambda: self.asked_to_stop("validate"))
         run.random = run.random if scores is None else None
         return scores
 

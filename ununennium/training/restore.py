@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import part_like
 from .checkpoint import CheckpointError
 
 # %% auto #0
@@ -49,9 +50,10 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Load state with bare names into a model, however it or its parts are wrapped."""
-    names = bare_names(model)
-    unwrap(model).load_state_dict({names[bare]: value for bare, value in saved.items()})
+    """Load state with bare names into a model, however it or its parts are wrapped or sharded."""
+    inner, names = unwrap(model), bare_names(model)
+    own = inner.state_dict()
+    inner.load_state_dict({names[b]: part_like(value, own[names[b]]) for b, value in saved.items()})
 
 # %% ../../nbs/training/22_restore.ipynb #restore-017
 def count_and_name(names: list[str], what: str) -> str:
@@ -129,6 +131,14 @@ def check_state_shapes(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
                 )
 
 # %% ../../nbs/training/22_restore.ipynb #restore-037
+def own_parts(entry: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Return an optimizer's state of a parameter, divided among ranks as the parameter is."""
+    return {
+        name: part_like(value, parameter) if shape_of(value) == tuple(parameter.shape) else value
+        for name, value in entry.items()
+    }
+
+# %% ../../nbs/training/22_restore.ipynb #restore-038
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
     saved: dict[str, Any],
@@ -153,19 +163,21 @@ def load_optimizer(
         If the state belongs to parameters of other shapes or to other groups, or lacks a setting.
     """
     check_state_shapes(optimizer, saved)
-    optimizer.load_state_dict(saved | {"state": dict(saved["state"])})  # some drop parts of it
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {n: own_parts(entry, parameters[n]) for n, entry in saved["state"].items()}
+    optimizer.load_state_dict(saved | {"state": state})
     for group, then, now in zip(optimizer.param_groups, saved_built, built, strict=True):
         if missing := sorted((then.keys() & now.keys()) - group.keys()):
             raise ValueError(f"the optimizer's settings in the file lack {', '.join(missing)}")
         keep_changes(group, then, now)
 
-# %% ../../nbs/training/22_restore.ipynb #restore-041
+# %% ../../nbs/training/22_restore.ipynb #restore-042
 SCHEDULER_STATE = (
     "last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter",
     "T_cur", "T_i",
 )  # fmt: skip
 
-# %% ../../nbs/training/22_restore.ipynb #restore-042
+# %% ../../nbs/training/22_restore.ipynb #restore-043
 def load_scheduler(scheduler: Any, saved: dict[str, Any]) -> None:
     """Load how far a scheduler has come, and keep the settings it was built with.
 

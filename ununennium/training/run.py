@@ -5,6 +5,7 @@
 # %% ../../nbs/training/65_run.ipynb #run-003
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from .epoch import OpenEpoch, check_end, totals
 from .evaluate import Evaluator
 from .hooks import is_display
 from .loader import ResumableLoader, owners_of
-from .lockstep import Lockstep
+from .lockstep import Lockstep, follow, stand_in
 from .messages import warn
 from .modes import TrainingModes
 from .parts import check_parts, check_ranks
@@ -230,6 +231,14 @@ def hold_while_paused(run: Run, call: Callable[..., None]) -> None:
         run.lockstep.at_safepoint()
 
 # %% ../../nbs/training/65_run.ipynb #run-039
+def score(
+    run: Run, loader: Iterable[Any], should_stop: Callable[[], object] | None = None
+) -> dict[str, float] | None:
+    """Return the scores over a loader of each rank, or None if `should_stop()` was true."""
+    batches, help_others = follow(run.lockstep, loader), functools.partial(stand_in, run.lockstep)
+    return run.evaluator.score(batches, should_stop or run.lockstep.at_safepoint, help_others)
+
+# %% ../../nbs/training/65_run.ipynb #run-042
 def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
     """Close an epoch and return its learning rate and counts; warn about skipped steps."""
     uncounted, scaler = run.skips.uncounted(), run.task.precision.scaler
@@ -243,7 +252,7 @@ def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
         "train_empty_batches": float(totals(epoch)[1]),
     }
 
-# %% ../../nbs/training/65_run.ipynb #run-040
+# %% ../../nbs/training/65_run.ipynb #run-043
 def end_of_loader(run: Run, epoch: OpenEpoch) -> None:
     """Check an epoch whose loader has ended; discard it if there was no batch."""
     share_buffers(run.lockstep.ranks, run.task.model)
@@ -251,7 +260,7 @@ def end_of_loader(run: Run, epoch: OpenEpoch) -> None:
         run.open = None  # a later fit begins it again
     check_end(epoch, run.progress.epoch)
 
-# %% ../../nbs/training/65_run.ipynb #run-043
+# %% ../../nbs/training/65_run.ipynb #run-046
 class RunFacts:
     """The facts of a run that callbacks and users may read, and the requests they may make.
 

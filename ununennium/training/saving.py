@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..distributed import on_main, whole_state
+from ..distributed import Ranks, is_part, on_main, whole, whole_state
+from .batches import map_tensors
 from .checkpoint import CheckpointError, RankMissing, copy_to_host
 from .checkpoint import finish_writing
 from .checkpoint import load_file, newest_first, save_file, save_in_background
@@ -182,6 +184,18 @@ def load_own_state(run: Run, saved: dict[str, Any]) -> None:
         part.restore(run, saved)
 
 # %% ../../nbs/training/75_saving.ipynb #saving-030
+def collected(state: Any, ranks: Ranks) -> Any:
+    """Return a state whose divided tensors are whole on the host of rank 0, and None elsewhere."""
+
+    def collect(tensor: Tensor) -> Tensor | None:
+        if not is_part(tensor):
+            return tensor
+        full = whole(tensor)  # all ranks take part, one tensor after the other
+        return full.cpu() if ranks.is_main else None
+
+    return map_tensors(collect, state)
+
+# %% ../../nbs/training/75_saving.ipynb #saving-031
 RANK_PARTS = ("skips", "open", "workers", "random")
 
 
@@ -197,11 +211,11 @@ def run_state(run: Run) -> dict[str, Any]:
             "A rank has failed, and a checkpoint needs the states of all. Resume from the last "
             "file that was written."
         )
-    state = own_state(run)
+    state = collected(own_state(run), run.lockstep.ranks)
     found = run.lockstep.ranks.gather({name: state[name] for name in RANK_PARTS})
     return state | {"others": found[1:]}
 
-# %% ../../nbs/training/75_saving.ipynb #saving-033
+# %% ../../nbs/training/75_saving.ipynb #saving-034
 def save_run(run: Run, path: str | Path) -> Path:
     """Write all that a run needs to continue; see `Trainer.save_checkpoint`."""
     finish_writing()  # it may be the same file
@@ -224,7 +238,7 @@ def save_run_in_background(
     done.set_result(Path(path))
     return done
 
-# %% ../../nbs/training/75_saving.ipynb #saving-036
+# %% ../../nbs/training/75_saving.ipynb #saving-037
 def state_of_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
     """Return a file's state for this rank; warn if another number of ranks wrote the file."""
     rank, size = run.lockstep.ranks.rank, run.lockstep.ranks.size
@@ -241,7 +255,7 @@ def state_of_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
     random = parts[rank]["random"] if rank < len(parts) else None
     return saved | {"open": epoch, "workers": {}, "random": random}
 
-# %% ../../nbs/training/75_saving.ipynb #saving-039
+# %% ../../nbs/training/75_saving.ipynb #saving-040
 def check_format(saved: dict[str, Any], path: str | Path) -> None:
     """Raise a `CheckpointError` if a file was written by another program or a later version."""
     if missing := sorted({"format", "checksum", *PARTS} - saved.keys()):
@@ -256,7 +270,7 @@ def check_format(saved: dict[str, Any], path: str | Path) -> None:
             "was loaded. Use the version that wrote it."
         )
 
-# %% ../../nbs/training/75_saving.ipynb #saving-042
+# %% ../../nbs/training/75_saving.ipynb #saving-043
 def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a state whose callbacks know that their folder is where the file is."""
 
@@ -268,7 +282,7 @@ def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
 
     return saved | {"callbacks": [[kind, here(memory)] for kind, memory in saved["callbacks"]]}
 
-# %% ../../nbs/training/75_saving.ipynb #saving-045
+# %% ../../nbs/training/75_saving.ipynb #saving-046
 def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
     """Restore a run from a loaded file; if anything fails, leave it as it was.
 
@@ -300,7 +314,7 @@ def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
             "the model, optimizer and scheduler of the run that wrote the file."
         ) from error
 
-# %% ../../nbs/training/75_saving.ipynb #saving-050
+# %% ../../nbs/training/75_saving.ipynb #saving-051
 def most_advanced(path: Path, saved: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Return a file, or the `last.pt` beside it if that one is further ahead."""
 
@@ -323,7 +337,7 @@ def position_text(run: Run) -> str:
     where = f"batch {run.batch} of epoch {number + 1}" if run.batch else f"after epoch {number}"
     return f"{where}, step {run.global_step}"
 
-# %% ../../nbs/training/75_saving.ipynb #saving-053
+# %% ../../nbs/training/75_saving.ipynb #saving-054
 def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
     """Return the newest intact checkpoint in a folder with its content; None if there is no file.
 
@@ -350,7 +364,7 @@ def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
         "Nothing was loaded; to start from scratch, use another folder."
     )
 
-# %% ../../nbs/training/75_saving.ipynb #saving-056
+# %% ../../nbs/training/75_saving.ipynb #saving-057
 def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Path | None:
     """Restore a run from the newest intact checkpoint in a folder; see `Trainer.resume`.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, _foreach_copy_, _foreach_mul_, _foreach_norm, nn  # pyright: ignore
 
+from ..distributed import whole
 from .batches import MicroBatch
 from .precision import Precision
 
@@ -58,16 +59,16 @@ class BufferGuard:
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """Return the 2-norm of all gradients together, a float32 scalar on the first one's device.
 
-    It is finite only if all gradients are; 0 for an empty list.
+    It is finite only if all gradients are; 0 for an empty list. Ranks may divide them.
     """
     if not gradients:
         return torch.zeros(())
     norms = _foreach_norm(gradients)
     try:
         stacked = torch.stack(norms)
-    except RuntimeError:  # the model is spread over devices
-        stacked = torch.stack([norm.to(norms[0].device) for norm in norms])
-    return torch.linalg.vector_norm(stacked.float())
+    except RuntimeError:  # the model is spread over devices, or sharded in part
+        stacked = torch.stack([whole(norm).to(norms[0].device) for norm in norms])
+    return whole(torch.linalg.vector_norm(stacked.float()))
 
 # %% ../../nbs/training/55_step.ipynb #step-014
 def clip_gradients(gradients: list[Tensor], limit: float) -> Tensor:

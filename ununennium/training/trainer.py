@@ -22,7 +22,7 @@ from .loop import Loop
 from .messages import warn, whole_number
 from .progress import default_display, find_dashboard
 from .restore import unwrap
-from .run import RunFacts, build_run, listeners_of
+from .run import RunFacts, build_run, listeners_of, score
 from .saving import resume, save_run, save_run_in_background
 from .saving import take_over
 
@@ -137,14 +137,14 @@ class Trainer(RunFacts):
         Parameters
         ----------
         loader
-            Batches to score on; None for the trainer's `val_loader`.
+            Batches to score on; None for the trainer's `val_loader`. All ranks have to call this.
         """
         if loader is None and self.val_loader is None:
             raise ValueError(
                 "There is nothing to validate on: pass a loader, or build the trainer with "
                 "val_loader."
             )
-        return self.run.evaluator.score(self.run.loader("val") if loader is None else loader) or {}
+        return score(self.run, self.run.loader("val") if loader is None else loader) or {}
 
     def check(self) -> Problems:
         """Take one batch forward and backward, print a report, and change nothing.
