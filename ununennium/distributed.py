@@ -188,11 +188,16 @@ def on_main(ranks: Ranks, function: Callable[[], _T]) -> _T:
     return cast(_T, result)
 
 # %% ../nbs/20_distributed.ipynb #distributed-021
-@functools.lru_cache(maxsize=1)
-def host_group(world: object) -> dist.ProcessGroup | None:
+@functools.lru_cache(maxsize=2)
+def host_group(world: object, use: str = "notes") -> dist.ProcessGroup | None:
     """Return a Gloo group of all ranks, the same one for each use of the default group."""
     group: Any = dist.new_group(backend="gloo")  # its type says that it may be a number
     return group
+
+
+def file_group(ranks: Ranks) -> dist.ProcessGroup | None:
+    """Return a second group, for a thread that writes files meanwhile; None for one process."""
+    return None if ranks.size == 1 else host_group(dist.group.WORLD, "files")
 
 
 def group_store() -> Any:

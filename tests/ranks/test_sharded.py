@@ -16,8 +16,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from processes import on_ranks
 from ranks.test_ddp import ACCUMULATION, LOSS, TRAIN, VAL, Net, batches_of, weight_of
-from ununennium import Callback, Trainer, TrainerConfig
+from ununennium import Callback, CheckpointCallback, CheckpointError, Trainer, TrainerConfig
 from ununennium.distributed import whole
+from ununennium.training.checkpoint import load_file
 
 CLIP = 0.3
 
@@ -190,3 +191,75 @@ def test_a_policy_of_mixed_precision(tmp_path):
     first, second = on_ranks(2, train_mixed)
     assert first == second and first[1] == {torch.float32}
     assert first[0][-1] < first[0][0]
+
+
+# Files of which each rank writes a part.
+
+
+def make_saving(folder, steps=None):
+    stop = [StopAfter(steps)] if steps else []
+    keep = CheckpointCallback(folder, "val_loss", save_top_k=1, every_n_steps=2)
+    return make_trainer(shard(Net()), [*stop, keep], sharded_checkpoints=True)
+
+
+class StopAfter(Callback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_safepoint(self, trainer, phase):
+        if trainer.global_step == self.steps:
+            trainer.request_stop("enough")
+
+
+def write_parts(folder, steps):
+    trainer = make_saving(folder, steps)
+    trainer.fit(2)
+    return vector(trainer.model)
+
+
+def resume_parts(folder):
+    straight, again = make_trainer(shard(Net())), make_saving(folder)
+    straight.fit(2)
+    path = again.resume(folder)
+    where = again.global_step
+    while again.epoch < 2:
+        again.fit(1)
+    is_same = torch.equal(vector(straight.model), vector(again.model))
+    return path.name, where, is_same and straight.history == again.history
+
+
+def named_shards(folder):
+    return {load_file(path)["shards"] for path in folder.glob("*.pt")}
+
+
+def test_ranks_write_their_parts_and_resume_exactly(tmp_path):
+    on_ranks(2, write_parts, tmp_path, 7)
+    there = {path.name for path in tmp_path.glob("*.shards")}
+    assert there == named_shards(tmp_path) and len(there) == 2  # previous is the best
+    assert all(path.stat().st_size < 300_000 for path in tmp_path.glob("*.pt"))
+    assert on_ranks(2, resume_parts, tmp_path) == [("last.pt", 7, True)] * 2
+    assert {path.name for path in tmp_path.glob("*.shards")} == named_shards(tmp_path)
+
+
+def test_parts_are_read_by_another_number_of_ranks_and_by_a_plain_model(tmp_path):
+    saved = on_ranks(2, write_parts, tmp_path, 5)[0]
+    loaded, wanted = load_and_step(tmp_path / "last.pt", False)
+    assert torch.equal(loaded, saved)
+    for found, after in on_ranks(4, load_and_step, tmp_path / "last.pt", True):
+        assert torch.equal(found, saved)
+        torch.testing.assert_close(after, wanted, rtol=0, atol=1e-6)
+
+
+def test_missing_parts_are_noticed_and_the_file_before_is_used(tmp_path):
+    on_ranks(2, write_parts, tmp_path, 5)
+    folder = tmp_path / load_file(tmp_path / "last.pt")["shards"]
+    (part, *_) = sorted(folder.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-10])
+    trainer = make_trainer(Net(), loaders=(TRAIN[0], None))
+    before = vector(trainer.model)
+    with pytest.raises(CheckpointError, match="is missing or cut off"):
+        trainer.load_checkpoint(tmp_path / "last.pt")
+    assert torch.equal(vector(trainer.model), before) and not trainer.optimizer.state
+    with pytest.warns(UserWarning, match="last.pt is left out"):
+        assert trainer.resume(tmp_path).name == "previous.pt"
+    assert trainer.global_step == 4

@@ -8,14 +8,13 @@ from torch.optim import lr_scheduler
 
 from small import At, assert_same, make_trainer, outcome, small_net, stop
 from ununennium import Callback, CheckpointError, EarlyStopping, TrainingWarning
-from ununennium.training.checkpoint import copy_to_host, load_file, save_file
+from ununennium.training.checkpoint import copy_to_host, load_file
+from ununennium.training.resuming import position_text
 from ununennium.training.saving import (
     PARTS,
     Part,
     load_callback,
     load_own_state,
-    position_text,
-    resume,
     run_state,
     take_over,
 )
@@ -108,28 +107,6 @@ def test_callbacks_find_their_memory_by_type_and_order(stopped):
     new = make_trainer(callbacks=[At("on_batch_end", 1, stop), one, two])
     load_own_state(new.run, copy_to_host(run_state(old.run)))
     assert (one.best, two.best) == (0.1, 0.2)
-
-
-def test_resume_announces_what_it_found(stopped, tmp_path):
-    said, trainer = [], make_run(stops=False)
-    assert resume(trainer.run, tmp_path, said.append) is None
-    path = save_file(run_state(stopped.run), tmp_path / "a.pt")
-    assert resume(trainer.run, tmp_path, said.append) == path
-    assert said == [
-        f"No checkpoint in {tmp_path}; starting from scratch.",
-        f"Resuming from {path} (batch 2 of epoch 2, step 8).",
-    ]
-
-
-def test_the_last_file_wins_if_it_is_further_on(tmp_path):
-    """A copy made later has a later date, and less progress."""
-    trainer = make_run(stops=False)
-    trainer.fit(2)
-    last = trainer.save_checkpoint(tmp_path / "last.pt")
-    early = make_run(stops=False)
-    early.fit(1)
-    early.save_checkpoint(tmp_path / "copy.pt")
-    assert resume(make_run().run, tmp_path, print) == last
 
 
 class Remembering(Callback):

@@ -275,6 +275,12 @@ def finish_writing() -> None:
     wait(_writing)
     _writing.clear()
 
+
+def in_background(task: Callable[[], Path]) -> Future[Path]:
+    """Do something on the thread that writes files, after what it has to do already."""
+    _writing.append(_writer.submit(task))
+    return _writing[-1]
+
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-070
 def save_in_background(
     state: dict[str, Any],
@@ -311,5 +317,4 @@ def save_in_background(
         then(written)
         return written
 
-    _writing.append(_writer.submit(write))
-    return _writing[-1]
+    return in_background(write)

@@ -84,6 +84,9 @@ class TrainerConfig:
     progress
         `"dashboard"`, `"bar"`, `"text"` (one line per epoch), `"none"`, or `"auto"`: the dashboard
         in a notebook, a bar in a terminal, text elsewhere.
+    sharded_checkpoints
+        Let each process write its own part of the model and the optimizer, for models that are too
+        large for one. All processes have to see the same folder. One process writes whole files.
 
     Raises
     ------
@@ -105,6 +108,7 @@ class TrainerConfig:
     max_skipped_steps: int = 25
     seed: int | None = None
     progress: str = "auto"
+    sharded_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -198,8 +198,7 @@ class Evaluator:
     ) -> dict[str, float] | None:
         """Return all scores over a loader, or None if `should_stop()` was true before a batch.
 
-        With several ranks, the loader may give None while others have a batch. `stand_in(None)` is
-        then what to compute on nevertheless, if it is not None.
+        A rank's loader may give None while others have batches; see `stand_in` in *lockstep*.
         """
         total, model = ScoringPass(self.task, self.metrics), self.task.model
         with modes_restored(model), random_state_kept(), self.task.exchange.none():

@@ -51,16 +51,14 @@ class Run:
         they were built, and what keeps several processes in step.
     progress, goal
         How far the run has come, and the epoch at which this `fit` ends.
-    open
-        The epoch that has begun and is not in the history.
-    random
-        Random states to restore when training continues.
+    open, random
+        The epoch that has begun and is not in the history; random states to restore then.
     loaders
         Resumable readers of the `"train"` and `"val"` loader, built when first needed.
     waited
         Seconds that closed epochs spent waiting for their loader.
-    is_running
-        Whether a `fit` is running.
+    mark, is_running
+        By which the run knows its own shards, and whether a `fit` is running.
     """
 
     config: TrainerConfig
@@ -81,6 +79,7 @@ class Run:
     random: dict[str, Any] | None = None
     loaders: dict[str, ResumableLoader] = field(default_factory=dict)
     waited: float = 0.0
+    mark: str = ""
     is_running: bool = False
 
     @property
@@ -100,10 +99,9 @@ class Run:
             ahead = self.config.accumulation_steps if name == "train" else 0
             own = own_share(loader, self.lockstep.ranks.size)
             self.loaders[name] = ResumableLoader(own, ahead, loader)
-        reader = self.loaders[name]
         if name == "train":
-            begin_after(reader.loader, self.open.inherited[0] if self.open else 0)
-        return reader
+            begin_after(self.loaders[name].loader, self.open.inherited[0] if self.open else 0)
+        return self.loaders[name]
 
 # %% ../../nbs/training/65_run.ipynb #run-007
 def build_run(

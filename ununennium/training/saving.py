@@ -5,7 +5,7 @@
 # %% ../../nbs/training/75_saving.ipynb #saving-003
 from __future__ import annotations
 
-import contextlib
+import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,17 +18,19 @@ from torch import Tensor
 from ..distributed import Ranks, is_part, on_main, whole, whole_state
 from .batches import map_tensors
 from .checkpoint import CheckpointError, RankMissing, copy_to_host
-from .checkpoint import finish_writing
-from .checkpoint import load_file, newest_first, save_file, save_in_background
+from .checkpoint import finish_writing, in_background
+from .checkpoint import save_file, save_in_background
 from .epoch import epoch_state, inherit_epoch, load_epoch
 from .messages import add_hint, warn
 from .restore import check_tensors, group_settings, load_model
 from .restore import load_optimizer, load_scheduler, model_state
 from .rng import random_state, random_state_kept, set_random_state
 from .run import Run, random_owners
+from .shards import Shards, read_shards, remove_unnamed
+from .shards import tensors_of, write_shards
 
 # %% auto #0
-__all__ = ['resume']
+__all__ = []
 
 # %% ../../nbs/training/75_saving.ipynb #saving-006
 @dataclass(frozen=True)
@@ -199,46 +201,88 @@ def collected(state: Any, ranks: Ranks) -> Any:
 RANK_PARTS = ("skips", "open", "workers", "random")
 
 
-def run_state(run: Run) -> dict[str, Any]:
-    """Return everything that a run needs to continue elsewhere, in the form of a checkpoint.
-
-    All ranks have to call it.
-    """
-    if run.lockstep.ranks.size == 1:
-        return own_state(run)
+def check_complete(run: Run) -> None:
+    """Raise a `RankMissing` if a rank has failed."""
     if run.lockstep.is_broken:
         raise RankMissing(
             "A rank has failed, and a checkpoint needs the states of all. Resume from the last "
             "file that was written."
         )
-    state = collected(own_state(run), run.lockstep.ranks)
-    found = run.lockstep.ranks.gather({name: state[name] for name in RANK_PARTS})
-    return state | {"others": found[1:]}
+
+
+def with_others(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a rank's state with what only the other ranks know. All ranks have to call it."""
+    ranks = run.lockstep.ranks
+    if ranks.size == 1:
+        return state
+    return state | {"others": ranks.gather({name: state[name] for name in RANK_PARTS})[1:]}
+
+
+def run_state(run: Run) -> dict[str, Any]:
+    """Return everything that a run needs to continue elsewhere, in the form of a checkpoint.
+
+    All ranks have to call it.
+    """
+    check_complete(run)
+    ranks = run.lockstep.ranks
+    state = own_state(run)
+    return with_others(run, state if ranks.size == 1 else collected(state, ranks))
 
 # %% ../../nbs/training/75_saving.ipynb #saving-034
+def begin_shards(run: Run, path: Path) -> tuple[dict[str, Any], Shards | None]:
+    """Return the state for a file, and the shards that belong to it if the run writes any."""
+    check_complete(run)
+    ranks = run.lockstep.ranks
+    if ranks.size == 1 or not run.config.sharded_checkpoints:
+        return run_state(run), None
+    run.mark = run.mark or ranks.from_main(secrets.token_hex(3))
+    tensors = tensors_of(run.task.model, run.optimizer)
+    shards = write_shards(ranks, tensors, path, run.global_step, run.mark)
+    light = {name: part.read(run) for name, part in PARTS.items() if name not in TENSOR_PARTS}
+    optimizer = {"state": {}, "param_groups": run.optimizer.state_dict()["param_groups"]}
+    light |= {"model": {}, "optimizer": optimizer | {"type": type(run.optimizer).__name__}}
+    light |= {"format": FORMAT, "shards": shards.folder.name, "run": run.mark}
+    return with_others(run, light), shards
+
+
+TENSOR_PARTS = ("model", "optimizer")
+
+# %% ../../nbs/training/75_saving.ipynb #saving-037
 def save_run(run: Run, path: str | Path) -> Path:
     """Write all that a run needs to continue; see `Trainer.save_checkpoint`."""
     finish_writing()  # it may be the same file
-    state = run_state(run)
+    state, shards = begin_shards(run, Path(path))
+    if shards is not None:
+        shards.wait()
     return on_main(run.lockstep.ranks, lambda: save_file(state, path))
 
 
 def save_run_in_background(
     run: Run,
-    path: str | Path,
+    path: Path,
     before: Path | None,
     first: Callable[[Path], Any],
     then: Callable[[Path], Any],
 ) -> Future[Path]:
     """Copy what a run needs to continue, and write it; see `Trainer.save_in_background`."""
-    state = run_state(run)
-    if run.lockstep.ranks.is_main:
-        return save_in_background(state, path, before, first, then)
-    done: Future[Path] = Future()
-    done.set_result(Path(path))
-    return done
+    finish_writing()
+    state, shards = begin_shards(run, path)
 
-# %% ../../nbs/training/75_saving.ipynb #saving-037
+    def begin(path: Path) -> None:
+        if shards is not None:
+            shards.wait()  # the file appears when all that it names is there
+        first(path)
+
+    def end(path: Path) -> None:
+        then(path)
+        if shards is not None:
+            remove_unnamed(path.parent, run.mark)
+
+    if run.lockstep.ranks.is_main:
+        return save_in_background(state, path, before, begin, end)
+    return in_background(lambda: path if shards is None else shards.wait())
+
+# %% ../../nbs/training/75_saving.ipynb #saving-040
 def state_of_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
     """Return a file's state for this rank; warn if another number of ranks wrote the file."""
     rank, size = run.lockstep.ranks.rank, run.lockstep.ranks.size
@@ -255,7 +299,7 @@ def state_of_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
     random = parts[rank]["random"] if rank < len(parts) else None
     return saved | {"open": epoch, "workers": {}, "random": random}
 
-# %% ../../nbs/training/75_saving.ipynb #saving-040
+# %% ../../nbs/training/75_saving.ipynb #saving-043
 def check_format(saved: dict[str, Any], path: str | Path) -> None:
     """Raise a `CheckpointError` if a file was written by another program or a later version."""
     if missing := sorted({"format", "checksum", *PARTS} - saved.keys()):
@@ -270,7 +314,7 @@ def check_format(saved: dict[str, Any], path: str | Path) -> None:
             "was loaded. Use the version that wrote it."
         )
 
-# %% ../../nbs/training/75_saving.ipynb #saving-043
+# %% ../../nbs/training/75_saving.ipynb #saving-046
 def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a state whose callbacks know that their folder is where the file is."""
 
@@ -282,7 +326,17 @@ def relocated(saved: dict[str, Any], path: Path) -> dict[str, Any]:
 
     return saved | {"callbacks": [[kind, here(memory)] for kind, memory in saved["callbacks"]]}
 
-# %% ../../nbs/training/75_saving.ipynb #saving-046
+# %% ../../nbs/training/75_saving.ipynb #saving-049
+def with_tensors(run: Run, saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a loaded state with the tensors from its shards, if it has any."""
+    if "shards" not in saved:
+        return saved
+    run.mark, folder = saved["run"], path.parent / saved["shards"]
+    tensors = read_shards(run.lockstep.ranks, run.task.model, run.optimizer, folder)
+    optimizer = saved["optimizer"] | {"state": tensors["optimizer"]}
+    return saved | {"model": tensors["model"], "optimizer": optimizer}
+
+# %% ../../nbs/training/75_saving.ipynb #saving-050
 def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
     """Restore a run from a loaded file; if anything fails, leave it as it was.
 
@@ -299,6 +353,7 @@ def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
             "after fit() has returned."
         )
     check_format(saved, path)
+    saved = with_tensors(run, saved, Path(path))
     check_tensors(saved["model"], model_state(run.task.model), path)
     saved = state_of_rank(run, saved)
     before = copy_to_host(own_state(run))
@@ -313,79 +368,3 @@ def take_over(run: Run, saved: dict[str, Any], path: str | Path) -> None:
             f"{path} does not fit this trainer ({error}). The trainer is as it was. Build it with "
             "the model, optimizer and scheduler of the run that wrote the file."
         ) from error
-
-# %% ../../nbs/training/75_saving.ipynb #saving-051
-def most_advanced(path: Path, saved: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Return a file, or the `last.pt` beside it if that one is further ahead."""
-
-    def progress(state: dict[str, Any]) -> tuple[int, int]:
-        epoch = state["open"] or {"batches": 0}
-        return state["progress"]["epoch"], epoch["batches"]
-
-    last = path.with_name("last.pt")
-    if path != last and last.is_file():
-        with contextlib.suppress(CheckpointError, KeyError, TypeError):
-            other = load_file(last)
-            if progress(other) > progress(saved):
-                return last, other
-    return path, saved
-
-
-def position_text(run: Run) -> str:
-    """Return how far a run has come, in words."""
-    number = run.progress.epoch
-    where = f"batch {run.batch} of epoch {number + 1}" if run.batch else f"after epoch {number}"
-    return f"{where}, step {run.global_step}"
-
-# %% ../../nbs/training/75_saving.ipynb #saving-054
-def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
-    """Return the newest intact checkpoint in a folder with its content; None if there is no file.
-
-    Raises
-    ------
-    CheckpointError
-        If all files are damaged, or `dirpath` is a file.
-    """
-    finish_writing()
-    if Path(dirpath).is_file():
-        raise CheckpointError(
-            f"{dirpath} is a file. Pass its folder, or load_checkpoint({str(dirpath)!r})."
-        )
-    files = newest_first(dirpath)
-    for path in files:
-        try:
-            return most_advanced(path, load_file(path))
-        except CheckpointError as error:
-            warn(f"{path.name} is left out. {error}")
-    if not files:
-        return None, {}
-    raise CheckpointError(
-        f"All checkpoints in {dirpath} are damaged: {', '.join(path.name for path in files)}. "
-        "Nothing was loaded; to start from scratch, use another folder."
-    )
-
-# %% ../../nbs/training/75_saving.ipynb #saving-057
-def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Path | None:
-    """Restore a run from the newest intact checkpoint in a folder; see `Trainer.resume`.
-
-    Parameters
-    ----------
-    run
-        The run to restore.
-    dirpath
-        A folder of checkpoints.
-    announce
-        Shows the user a sentence about what was found.
-
-    Raises
-    ------
-    CheckpointError
-        If all files are damaged, the newest intact one does not fit, or `dirpath` is a file.
-    """
-    path, saved = on_main(run.lockstep.ranks, lambda: newest_intact(dirpath))
-    if path is None:
-        announce(f"No checkpoint in {dirpath}; starting from scratch.")
-        return None
-    take_over(run, saved, path)
-    announce(f"Resuming from {path} ({position_text(run)}).")
-    return path

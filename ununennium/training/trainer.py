@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from ..distributed import on_main
 from .check import Problems, check
-from .checkpoint import load_file
 from .config import TrainerConfig
 from .hooks import Display, Hooks
 from .loop import Loop
 from .messages import warn, whole_number
 from .progress import default_display, find_dashboard
 from .restore import unwrap
+from .resuming import load_complete, resume
 from .run import RunFacts, build_run, listeners_of, score
-from .saving import resume, save_run, save_run_in_background
-from .saving import take_over
+from .saving import save_run, save_run_in_background, take_over
 
 # %% auto #0
 __all__ = ['Trainer']
@@ -181,7 +180,7 @@ class Trainer(RunFacts):
         Future
             Its `result()` waits and returns the path, or raises a `CheckpointError`.
         """
-        return save_run_in_background(self.run, path, before, first, then)
+        return save_run_in_background(self.run, Path(path), before, first, then)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Restore the run from a file: state from the file, settings from this trainer.
@@ -196,7 +195,7 @@ class Trainer(RunFacts):
         CheckpointError
             If the file is damaged or does not fit. The trainer then stays as it was.
         """
-        saved = on_main(self.run.lockstep.ranks, lambda: load_file(path))
+        saved = on_main(self.run.lockstep.ranks, lambda: load_complete(path))
         take_over(self.run, saved, path)
 
     def resume(self, dirpath: str | Path) -> Path | None:

@@ -1,0 +1,45 @@
+"""Which file of a folder a run continues from, and what is said about it."""
+
+import pytest
+
+from small import At, make_trainer, small_net, stop
+from ununennium import CheckpointError, EarlyStopping
+from ununennium.training.checkpoint import save_file
+from ununennium.training.resuming import load_complete, resume
+from ununennium.training.saving import run_state
+
+
+def make_run(stops=True):
+    """A trainer, stopped in the middle of its second epoch."""
+    callbacks = [EarlyStopping("train_loss", 9), At("on_batch_end", 8, stop)][: 1 + stops]
+    return make_trainer(model=small_net(), epochs=3, callbacks=callbacks)
+
+
+def test_resume_announces_what_it_found(tmp_path):
+    stopped = make_run()
+    stopped.fit()
+    said, trainer = [], make_run(stops=False)
+    assert resume(trainer.run, tmp_path, said.append) is None
+    path = save_file(run_state(stopped.run), tmp_path / "a.pt")
+    assert resume(trainer.run, tmp_path, said.append) == path
+    assert said == [
+        f"No checkpoint in {tmp_path}; starting from scratch.",
+        f"Resuming from {path} (batch 2 of epoch 2, step 8).",
+    ]
+
+
+def test_the_last_file_wins_if_it_is_further_on(tmp_path):
+    """A copy made later has a later date, and less progress."""
+    trainer = make_run(stops=False)
+    trainer.fit(2)
+    last = trainer.save_checkpoint(tmp_path / "last.pt")
+    early = make_run(stops=False)
+    early.fit(1)
+    early.save_checkpoint(tmp_path / "copy.pt")
+    assert resume(make_run().run, tmp_path, print) == last
+
+
+def test_a_file_without_its_shards_is_refused(tmp_path):
+    path = save_file({"model": {}, "shards": "step=000003.shards"}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="step=000003.shards is missing or damaged"):
+        load_complete(path)
