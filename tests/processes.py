@@ -1,10 +1,12 @@
 """Run a function on several ranks of a Gloo group, each in a process of its own."""
 
+import atexit
+import gc
 import multiprocessing
 import pickle
 import tempfile
 import traceback
-from queue import Empty
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
@@ -14,17 +16,55 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "ununennium"])
 
 
-def run_rank(rank, size, path, queue, function, details):
+def serve(connection):
+    """Call functions for as long as the parent sends some: starting a process takes a second."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
-    try:
-        # As bytes: a queue would share the memory of tensors, which ends with this process.
-        queue.put((rank, pickle.dumps(function(*details)), None))
-    except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
-    finally:
+    multiprocessing.set_start_method("fork", force=True)  # for workers of loaders, as in a script
+    while True:
+        try:
+            rank, size, path, function, details = connection.recv()
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
+        try:
+            # As bytes: a pipe would share the memory of tensors, which ends with this process.
+            answer = pickle.dumps(function(*details)), None
+        except BaseException:
+            answer = None, traceback.format_exc()
         dist.destroy_process_group()
+        gc.collect()  # loaders end their workers
+        connection.send(answer)
+
+
+class Pool:
+    """Processes that wait for something to do."""
+
+    def __init__(self):
+        self.ranks = []
+
+    def grow(self, size):
+        """Return `size` processes with their connections."""
+        while len(self.ranks) < size:
+            own, other = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=serve, args=(other,))
+            process.start()
+            other.close()
+            self.ranks.append((process, own))
+        return self.ranks[:size]
+
+    def drop(self):
+        """End all processes."""
+        for _, connection in self.ranks:
+            connection.close()  # which ends those that wait for something to do
+        for process, _ in self.ranks:
+            process.join(5)
+            process.kill()
+        self.ranks = []
+
+
+POOL = Pool()
+atexit.register(POOL.drop)
 
 
 def on_ranks(size, function, *details, timeout=60):
@@ -32,24 +72,22 @@ def on_ranks(size, function, *details, timeout=60):
 
     It has to be a function of a module. An error on any rank is raised here, with its traceback.
     """
-    queue = CONTEXT.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        rest = (size, f"{folder}/group", queue, function, details)
-        ranks = [CONTEXT.Process(target=run_rank, args=(rank, *rest)) for rank in range(size)]
-        for process in ranks:
-            process.start()
-        results = {}
-        try:
+    results = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            connections = [connection for _, connection in POOL.grow(size)]
+            for rank, connection in enumerate(connections):
+                connection.send((rank, size, f"{folder}/group", function, details))
             while len(results) < size:
-                rank, result, error = queue.get(timeout=timeout)
-                if error is not None:
-                    raise AssertionError(f"rank {rank} failed:\n{error}")
-                results[rank] = pickle.loads(result)
-        except Empty:
-            raise AssertionError(f"only ranks {sorted(results)} of {size} returned") from None
-        finally:
-            for process in ranks:
-                process.join(10 if len(results) == size else 0)
-                process.kill()
-                process.join()
+                waiting = [c for rank, c in enumerate(connections) if rank not in results]
+                ready = wait(waiting, timeout)
+                assert ready, f"only ranks {sorted(results)} of {size} returned"
+                for connection in ready:
+                    result, error = connection.recv()
+                    rank = connections.index(connection)
+                    assert error is None, f"rank {rank} failed:\n{error}"
+                    results[rank] = pickle.loads(result)
+    except BaseException:
+        POOL.drop()  # the others may wait for the one that failed
+        raise
     return [results[rank] for rank in range(size)]

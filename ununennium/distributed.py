@@ -52,9 +52,10 @@ class Failures:
     def __init__(self, store: Any = None, rank: int = 0) -> None:
         self.store, self.rank, self.number = store, rank, 0
 
-    def begin(self) -> None:
-        """Begin a `fit`: only its failures count from now on."""
-        self.number = next(_numbers)
+    def begin(self, largest: Callable[[float], float] = float) -> None:
+        """Begin a `fit`, of which alone failures count from now on; `largest` is over all ranks."""
+        self.number = 0  # nothing counts while the ranks find a number
+        self.number = int(largest(next(_numbers)))
 
     def report(self, error: BaseException) -> None:
         """Leave a message about this rank's error, unless another rank was first."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,10 +16,10 @@ from typing import TypeAlias
 # %% auto #0
 __all__ = ['signal_handled']
 
-# %% ../nbs/05_signals.ipynb #signals-004
+# %% ../nbs/05_signals.ipynb #signals-005
 Handler: TypeAlias = Callable[[int, FrameType | None], object] | signal.Handlers
 
-# %% ../nbs/05_signals.ipynb #signals-005
+# %% ../nbs/05_signals.ipynb #signals-006
 @contextlib.contextmanager
 def signal_handled(number: int, handler: Handler) -> Iterator[None]:
     """Handle a signal in the block; in a thread other than the main one, change nothing.
@@ -40,7 +41,7 @@ def signal_handled(number: int, handler: Handler) -> Iterator[None]:
     finally:
         signal.signal(number, default if before is None else before)
 
-# %% ../nbs/05_signals.ipynb #signals-008
+# %% ../nbs/05_signals.ipynb #signals-009
 @contextlib.contextmanager
 def signal_deferred(number: int) -> Iterator[None]:
     """Deliver a signal after the block. Processes that are started in the block never get it.
@@ -55,3 +56,20 @@ def signal_deferred(number: int) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+# %% ../nbs/05_signals.ipynb #signals-012
+def terminated_only_by(process: int) -> None:
+    """From now on, let SIGTERM end this process only if the process with this number sends it.
+
+    Where the sender is not known (macOS, Windows), nothing changes.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -9,9 +9,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from small import AtStep, make_batches, make_trainer, start_process
-from ununennium import CheckpointCallback, CheckpointError
+from ununennium import Callback, CheckpointCallback, CheckpointError, Trainer, TrainerConfig
 
 
 def trainer_of_many(folder, **options):
@@ -218,3 +219,41 @@ def test_training_continues_while_a_file_is_written(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert epochs_in(tmp_path / "last.pt") == 1
+
+
+class Beacon(Callback):
+    """Tells how far a run is, and slows it down."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_safepoint(self, trainer, phase):
+        if phase == "train":
+            self.path.write_text(str(trainer.global_step))
+            time.sleep(0.2)
+
+
+def train_with_workers(folder, beacon):
+    os.setsid()  # its workers are in its process group, and nobody else
+    torch.set_num_threads(1)
+    loader = DataLoader(TensorDataset(torch.randn(400, 4), torch.randn(400, 1)), 2, num_workers=2)
+    model = nn.Linear(4, 1)
+    keep = CheckpointCallback(folder, "train_loss", save_on_exception=False)
+    callbacks = [keep, Beacon(beacon)]
+    config = TrainerConfig(device="cpu", progress="none")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = Trainer(model, optimizer, nn.MSELoss(), loader, callbacks=callbacks, config=config)
+    trainer.fit()
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_its_workers_to_the_last_step(tmp_path):
+    """Schedulers and torchrun end jobs in this way. Without its workers, a run failed unsaved."""
+    folder, beacon = tmp_path / "run", tmp_path / "beacon"
+    process = start_process(train_with_workers, folder, beacon)
+    while not beacon.exists() or beacon.read_text() != "3":
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == -signal.SIGTERM
+    saved = torch.load(folder / "last.pt")
+    assert saved["progress"]["global_step"] == int(beacon.read_text()) in (3, 4)

@@ -116,7 +116,7 @@ if __name__ == "__main__":
         make_loader(50, PHASE != "validation", True),
         make_loader(25, PHASE == "validation", False),
         callbacks=[CheckpointCallback(folder, "val_loss", every_n_steps=2), Act()],
-        config=TrainerConfig(epochs=2, device="cpu", progress="none", seed=0),
+        config=TrainerConfig(epochs=2, device="cpu", progress="text", seed=0),
     )
     trainer.resume(folder)
     trainer.fit()

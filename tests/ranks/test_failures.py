@@ -13,7 +13,7 @@ OTHERS = "This rank, 0, cannot go on without it and stops too."
 EVENTS = {
     "stop": (0, "enough (rank 1)", "enough (rank 1)"),
     "interrupt": (0, "interrupted (rank 0)", "interrupted (rank 0)"),
-    "terminate": (1, "", ""),
+    "terminate": (1, ": asked to terminate", ""),
     "callback": (1, "Rank 1 failed: ValueError: a bad callback.", "ValueError: a bad callback"),
     "worker": (1, "Rank 1 failed: OSError: Caught OSError in Data", "OSError: the archive is gone"),
     "loss": (1, "Rank 1 failed: ValueError: a bad loss.", "ValueError: a bad loss"),

@@ -164,7 +164,7 @@ class Lockstep:
     def begin(self) -> None:
         """Begin a `fit`, when all ranks have come."""
         self.is_ahead = self.is_broken = False
-        self.ranks.failures.begin()
+        self.ranks.failures.begin(self.ranks.max)
         self.at_safepoint()
 
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-023

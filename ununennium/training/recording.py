@@ -5,6 +5,7 @@
 # %% ../../nbs/training/44_recording.ipynb #recording-003
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import zlib
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, get_worker_info
 
+from ..signals import terminated_only_by
 from .rng import generators_in, random_state, random_state_kept, set_random_state
 
 # %% auto #0
@@ -245,7 +247,9 @@ class RestoreWorker:
         """Set up worker `number`."""
         if self.init is not None:
             self.init(number)
-        worker = get_worker_info()
+        worker, parent = get_worker_info(), multiprocessing.parent_process()
+        if worker is not None and parent is not None and parent.pid is not None:
+            terminated_only_by(parent.pid)
         if worker is not None and number in self.states:
             set_random_state(self.states[number], worker.dataset, self.collate)
 

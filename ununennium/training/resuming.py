@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..distributed import on_main
+from ..distributed import Ranks, on_main
 from .checkpoint import CheckpointError, finish_writing
 from .checkpoint import load_file, newest_first
 from .messages import warn
@@ -80,6 +80,16 @@ def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
     )
 
 # %% ../../nbs/training/77_resuming.ipynb #resuming-013
+def check_folder(ranks: Ranks, dirpath: str | Path) -> None:
+    """Raise a `CheckpointError` if another rank has files in a folder where rank 0 has none."""
+    there = ranks.gather(bool(newest_first(dirpath)))
+    if any(there) and not there[0]:
+        raise CheckpointError(
+            f"{dirpath} holds checkpoints on the machine of rank {there.index(True)}, and none on "
+            "that of rank 0, which reads them. Use a folder that all machines share, or copy it."
+        )
+
+# %% ../../nbs/training/77_resuming.ipynb #resuming-015
 def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Path | None:
     """Restore a run from the newest intact checkpoint in a folder; see `Trainer.resume`.
 
@@ -97,6 +107,7 @@ def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Pa
     CheckpointError
         If all files are damaged, the newest intact one does not fit, or `dirpath` is a file.
     """
+    check_folder(run.lockstep.ranks, dirpath)
     path, saved = on_main(run.lockstep.ranks, lambda: newest_intact(dirpath))
     if path is None:
         announce(f"No checkpoint in {dirpath}; starting from scratch.")
