@@ -2,6 +2,7 @@
 # make lab    open the quick start in JupyterLab
 # make test   run everything that CI runs
 # make check  lint, format and types, in seconds
+# make failures  let one of two processes fail in 21 ways, for a few minutes
 # make golden compare 49 runs with those of the last commit, bit by bit
 # make export write the package and the README from the notebooks
 
@@ -12,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 ALONE := tests/kernels tests/notebook tests/browser
 SETTINGS := settings.ini pyproject.toml setup.py constraints.txt
 
-.PHONY: demo lab test check golden export notebooks clean
+.PHONY: demo lab test check failures golden export notebooks clean
 
 demo: $(VENV)/.notebook
 	$(BIN)/python tools/demo.py
@@ -34,6 +35,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# All failures of one process in every phase; the tests have one phase of each.
+failures: export ALL_FAILURES = 1
+failures: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/ranks/test_failures.py
 
 # The referee: 49 small runs, compared bit by bit with the last commit.
 golden: $(VENV)/.dev

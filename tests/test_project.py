@@ -265,6 +265,7 @@ BORROWED = {
     "_shell_channel_to_main": "ipykernel: the route from a subshell",
     "_config": "plotly: the options of the mode bar",
     "_esm": "plotly: the JavaScript of a widget",
+    "_exit": "Python: end a process at once",
     "_fields": "Python: what makes a tuple a named one",
     "_getframe": "Python: the caller, for warnings",
     "_repr_html_": "IPython: how an object is shown",

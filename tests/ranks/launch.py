@@ -37,14 +37,14 @@ def processes_of(mark):
     return found
 
 
-def torchrun(folder, *job, options=("--standalone", "--nproc-per-node=2"), **environ):
+def torchrun(folder, *job, options=("--standalone", "--nproc-per-node=2"), cwd=None, **environ):
     """Return the process of an agent that runs the job; each rank writes files of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", *options, "--redirects=3"]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "RANKS_TEST": str(folder), **environ}
     environ["PYTHONPATH"] = str(ROOT)
     return subprocess.Popen(
         [*command, f"--log-dir={folder / 'logs'}", str(JOB), str(folder), *map(str, job)],
-        env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=environ, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 
 
