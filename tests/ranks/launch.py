@@ -44,7 +44,8 @@ def torchrun(folder, *job, options=("--standalone", "--nproc-per-node=2"), cwd=N
     environ["PYTHONPATH"] = str(ROOT)
     return subprocess.Popen(
         [*command, f"--log-dir={folder / 'logs'}", str(JOB), str(folder), *map(str, job)],
-        env=environ, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=environ, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
 
 
