@@ -19,7 +19,6 @@ CONTEXT.set_forkserver_preload(["torch", "ununennium"])
 def serve(connection):
     """Call functions for as long as the parent sends some: starting a process takes a second."""
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for workers of loaders, as in a script
     while True:
         try:
             rank, size, path, function, details = connection.recv()
