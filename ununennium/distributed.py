@@ -138,7 +138,7 @@ class Ranks:
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Return the sums over all ranks, in double precision."""
-        return list(numbers) if self.size == 1 else self.reduce(numbers, dist.ReduceOp.SUM)
+        return self.begin(numbers)()
 
     def gather(self, value: _T) -> list[_T]:
         """Return what all ranks passed, in their order. It is pickled."""
@@ -151,14 +151,15 @@ class Ranks:
 
     def max(self, number: float) -> float:
         """Return the largest number of all ranks."""
-        return number if self.size == 1 else self.reduce([number], dist.ReduceOp.MAX)[0]
+        return self.begin([number], "MAX")()[0]
 
-    def reduce(self, numbers: Sequence[float], op: Any) -> list[float]:
-        """Return what an operation makes of the numbers of all ranks."""
+    def begin(self, numbers: Sequence[float], op: str = "SUM") -> Callable[[], list[float]]:
+        """Send numbers to all ranks; return what waits for their sums, or another `ReduceOp`."""
+        if self.size == 1:
+            return lambda: list(numbers)
         result = torch.tensor(numbers, dtype=torch.float64)
-        exchange = dist.all_reduce(result, op=op, group=self.group, async_op=True)
-        await_all(exchange, self.failures)
-        return result.tolist()
+        exchange = dist.all_reduce(result, getattr(dist.ReduceOp, op), self.group, async_op=True)
+        return functools.cache(lambda: await_all(exchange, self.failures) or result.tolist())
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank passed True."""
@@ -229,10 +230,9 @@ def is_part(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Any) -> torch.Tensor:
     """Return the whole of a tensor of which each rank has a part; others as they are."""
-    part: Any = tensor
-    return part.full_tensor() if is_part(part) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def part_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:

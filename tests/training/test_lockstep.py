@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_the_first_reason_counts(reasons, wanted):
 def test_idle_batches_are_zero_in_every_structure():
     Pair = namedtuple("Pair", "a b")
     inputs = {"x": torch.ones(2), "pair": Pair([torch.ones(1)], "name"), "n": 3}
-    batch = MicroBatch("raw", inputs, torch.ones(1), 4.0, 7, share=0.3, is_last=False)
+    batch = MicroBatch("raw", inputs, torch.ones(1), 4.0, 7, divisor=10.0, is_last=False)
     idle = idle_batch(batch)
     assert torch.equal(idle.inputs["x"], torch.zeros(2)) and idle.inputs["n"] == 3
     assert idle.inputs["pair"].a[0].item() == 0 and idle.inputs["pair"].b == "name"
@@ -76,7 +77,7 @@ def test_idle_batches_are_zero_in_every_structure():
 
 def test_shares_are_those_of_all_ranks():
     window = [make_batch(300.0), make_batch(100.0), make_batch(0.0)]
-    share_out(window, 1000.0, 4)
+    share_out(window, 1000.0 / 4)
     assert [batch.share for batch in window] == [1.2, 0.4, 0.0]
     assert [batch.is_last for batch in window[:2]] == [False, True]
 
@@ -87,10 +88,10 @@ def test_one_process_needs_no_exchange():
     lockstep = Lockstep(Ranks(), progress)
     assert next_window(lockstep, epoch) == epoch.window and len(epoch.window) == 1
     lockstep.at_safepoint(Epoch([[]]))
-    assert not lockstep.should_stop() and not lockstep.is_paused
+    assert not lockstep.should_stop() and not lockstep.notes.is_paused
     progress.request_stop("enough")
     progress.pause_requested = True
-    assert lockstep.should_stop() and lockstep.is_paused and progress.stop_reason == "enough"
+    assert lockstep.should_stop() and lockstep.notes.is_paused and progress.stop_reason == "enough"
     batches = [1, 2]
     assert follow(lockstep, batches) is batches
 
@@ -132,28 +133,78 @@ def test_a_window_without_a_valid_pixel_anywhere_is_no_step():
     assert second == [[(0.0, 0.0, False, True)]] * 2  # the last one is made up
 
 
+def step_together(lockstep, epoch, request):
+    """Take a window, make a request; return the window's shares, and what all ranks know then."""
+    shares = [batch.share for batch in next_window(lockstep, epoch)]
+    request()
+    epoch.close()
+    lockstep.at_safepoint(epoch)
+    return shares, lockstep.notes.is_paused, lockstep.notes.is_stopping
+
+
+def make_request(progress, number):
+    if dist.get_rank() == 1:
+        progress.pause_requested = number == 0
+        if number == 2:
+            progress.request_stop("enough")
+
+
 def stop_and_pause():
     ranks, progress = find_ranks(), Progress()
     lockstep, seen = Lockstep(ranks, progress), []
-    epoch = Epoch([[1.0], [1.0], [1.0]])
+    epoch = Epoch([[1.0]] * 6)
+    for number in range(5):
+        seen.append(step_together(lockstep, epoch, partial(make_request, progress, number)))
+        while lockstep.notes.is_paused:
+            progress.pause_requested = False
+            lockstep.at_safepoint()
+        if lockstep.notes.is_stopping:
+            break
+    return seen, progress.stop_reason, len(epoch.weights)
+
+
+def test_what_one_rank_is_asked_reaches_all_within_a_step():
+    """The request of step 0 is known after step 1, and that of step 2 after step 3."""
+    step = ([1.0], False, False)
+    for seen, reason, left in on_ranks(2, stop_and_pause):
+        assert seen == [step, ([1.0], True, False), step, ([1.0], False, True)]
+        assert reason == "enough (rank 1)" and left == 2
+
+
+def begin_before_the_other():
+    """Rank 1 sends its note only when rank 0 has begun its step."""
+    ranks = find_ranks()
+    lockstep, epoch = Lockstep(ranks), Epoch([[3.0], [3.0]] if ranks.is_main else [[1.0], [1.0]])
     next_window(lockstep, epoch)
-    progress.pause_requested = ranks.rank == 1
+    epoch.close()
+    if not ranks.is_main:
+        dist.barrier()
+    lockstep.at_safepoint(epoch)
+    (batch,) = next_window(lockstep, epoch)
+    if ranks.is_main:
+        dist.barrier()  # hangs if rank 0 has waited for the note
+    return batch.share
+
+
+def test_a_rank_begins_before_it_knows_what_the_others_windows_weigh():
+    assert on_ranks(2, begin_before_the_other) == [1.5, 0.5]
+
+
+def pause_and_score():
+    """A callback scores a loader while the run is held; the window is weighed again."""
+    ranks, progress = find_ranks(), Progress()
+    lockstep, epoch = Lockstep(ranks, progress), Epoch([[2.0 - ranks.rank]] * 3)
+    next_window(lockstep, epoch)
     epoch.close()
     lockstep.at_safepoint(epoch)
-    seen.append((lockstep.is_paused, progress.should_stop))
-    progress.pause_requested = False
+    for _ in follow(lockstep, ["a"]):
+        lockstep.send()
     lockstep.at_safepoint()
-    seen.append((lockstep.is_paused, [batch.share for batch in next_window(lockstep, epoch)]))
-    if ranks.rank == 1:
-        progress.request_stop("enough")
-    epoch.close()
-    lockstep.at_safepoint(epoch)
-    return [*seen, progress.stop_reason]
+    return [batch.share for batch in next_window(lockstep, epoch)]
 
 
-def test_what_one_rank_is_asked_reaches_all():
-    for result in on_ranks(2, stop_and_pause):
-        assert result == [(True, False), (False, [1.0]), "enough (rank 1)"]
+def test_a_loader_may_be_scored_between_two_steps():
+    assert on_ranks(2, pause_and_score) == [[pytest.approx(4 / 3)], [pytest.approx(2 / 3)]]
 
 
 def follow_to_the_end(counts):
@@ -296,7 +347,7 @@ def stop_and_continue(phase, number):
     return found, torch.equal(last, straight[1][-1]) and trainer.history == straight[0]
 
 
-@pytest.mark.parametrize(("phase", "number", "steps"), [("train", 2, 2), ("validate", 2, 4)])
+@pytest.mark.parametrize(("phase", "number", "steps"), [("train", 2, 3), ("validate", 2, 4)])
 def test_a_stop_on_one_rank_is_a_pause_of_all(phase, number, steps):
     for found, is_same in on_ranks(3, stop_and_continue, phase, number):
         assert found == ("enough (rank 1)", 0, steps) and is_same
@@ -320,7 +371,7 @@ def save_and_resume(folder):
 
 def test_ranks_share_one_file_and_resume_exactly(tmp_path):
     results = on_ranks(3, save_and_resume, tmp_path)
-    assert [result[1] for result in results] == [(0, 3, 7), (0, 3, 9), (0, 3, 1)]
+    assert [result[1] for result in results] == [(0, 4, 7), (0, 4, 10), (0, 4, 1)]
     assert all(result[0] == "last.pt" and result[2] for result in results)
     assert len({result[3] for result in results}) == 1
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".pt"] * 3

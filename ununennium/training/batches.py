@@ -178,8 +178,8 @@ class MicroBatch:
         a scalar tensor on a device.
     number
         Index of the batch within the epoch.
-    share
-        Its weight divided by the total weight of its window, 0 to 1.
+    divisor
+        The total weight of its window, or a function that waits for it.
     losses
         Scalar tensors by name; `loss` is minimised.
     checks
@@ -195,7 +195,7 @@ class MicroBatch:
     target: Any
     weight: float | Tensor
     number: int
-    share: float | Tensor = 0.0
+    divisor: float | Tensor | Callable[[], float] = 1.0
     losses: dict[str, Tensor] = field(default_factory=dict)
     checks: dict[str, Tensor] = field(default_factory=dict)
     is_last: bool = True
@@ -205,6 +205,13 @@ class MicroBatch:
     def is_empty(self) -> bool:
         """Whether nothing is computed, as it has no weight. A weight on a device is not read."""
         return not (self.is_idle or isinstance(self.weight, Tensor)) and self.weight == 0
+
+    @property
+    def share(self) -> float | Tensor:
+        """Its weight divided by the total weight of its window, 0 to 1."""
+        if self.is_empty:
+            return 0.0
+        return self.weight / (self.divisor() if callable(self.divisor) else self.divisor)
 
     def detach_losses(self, prefix: str = "train_") -> dict[str, Tensor]:
         """Release the losses' graphs; return the losses with prefixed names."""
@@ -221,10 +228,10 @@ class MicroBatch:
 
 # %% ../../nbs/training/40_batches.ipynb #batches-031
 def set_shares(window: list[MicroBatch]) -> None:
-    """Set the share of each batch; the shares of a window sum to 1, unless all are empty."""
+    """Let the shares of a window sum to 1, unless all batches are empty."""
     total = sum((batch.weight for batch in window), start=0.0)
     for batch in window:
-        batch.share = 0.0 if batch.is_empty else batch.weight / total
+        batch.divisor = total
 
 # %% ../../nbs/training/40_batches.ipynb #batches-037
 class BatchReader:

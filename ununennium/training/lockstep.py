@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
@@ -66,16 +66,16 @@ def idle_batch(like: MicroBatch, *, has_samples: bool = True) -> MicroBatch:
     target = like.target if has_samples else map_tensors(emptied, like.target)
     inputs = map_tensors(torch.zeros_like if has_samples else emptied, like.inputs)
     return replace(
-        like, raw=None, inputs=inputs, target=target, weight=0.0, share=0.0, is_last=True,
+        like, raw=None, inputs=inputs, target=target, weight=0.0, divisor=1.0, is_last=True,
         is_idle=True, losses={}, checks={},
     )  # fmt: skip
 
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-014
-def share_out(window: list[MicroBatch], total: float, size: int) -> None:
-    """Set the shares of a rank's batches in a window that weighs `total` over `size` ranks."""
+def share_out(window: list[MicroBatch], divisor: float | Callable[[], float]) -> None:
+    """Set what the weights of a rank's batches are divided by; mark the last one computed."""
     used = [batch for batch in window if not batch.is_empty]
     for batch in used:
-        batch.share, batch.is_last = size * batch.weight / total, batch is used[-1]
+        batch.divisor, batch.is_last = divisor, batch is used[-1]
 
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-017
 class Windows(Protocol):
@@ -98,8 +98,8 @@ def note_of(epoch: Windows) -> Note:
     return Note(weight, bool(window), lacks=not weight and epoch.example is None)
 
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-020
-class Lockstep:
-    """Keeps the ranks of a run in step.
+class Notes:
+    """The notes that ranks exchange.
 
     Parameters
     ----------
@@ -107,6 +107,50 @@ class Lockstep:
         The processes of the run.
     progress
         Where requests to stop and to pause are noted. A request of any rank reaches all.
+    """
+
+    def __init__(self, ranks: Ranks, progress: Progress) -> None:
+        self.ranks, self.progress = ranks, progress
+        self.last = Note()  # the sum that all ranks have read
+        self.coming: Callable[[], Note] = Note  # waits for the sum that is on its way
+
+    def send(self, note: Note) -> None:
+        """Send a note to the other ranks, with the requests made on this one."""
+        progress, clock = self.progress, time.monotonic() if self.ranks.is_main else 0.0
+        requests = {"stop": progress.should_stop, "pause": progress.pause_requested}
+        arrival = self.ranks.begin(astuple(replace(note, clock=clock, **requests)))
+        self.coming = lambda: Note(*arrival())
+
+    def read(self) -> None:
+        """Read the sum that is on its way; agree on a reason to stop. All ranks have to call it."""
+        self.last = self.coming()
+        if self.last.stop:
+            reasons = self.ranks.gather(self.progress.stop_reason)
+            self.progress.stop_reason = first_reason(reasons)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self.progress.should_stop if self.ranks.size == 1 else self.last.stop > 0
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether any rank was asked to pause."""
+        return self.progress.pause_requested if self.ranks.size == 1 else self.last.pause > 0
+
+    @property
+    def clock(self) -> float:
+        """Seconds on a clock that all ranks agree on."""
+        return time.monotonic() if self.ranks.size == 1 else self.last.clock
+
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-023
+class Lockstep:
+    """Keeps the ranks of a run in step.
+
+    Parameters
+    ----------
+    ranks, progress
+        The processes of the run, and where requests to stop and to pause are noted.
     exchange
         What ranks exchange while the model computes; None if they exchange nothing.
     """
@@ -117,45 +161,31 @@ class Lockstep:
         progress: Progress | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        self.ranks, self.progress = ranks or Ranks(), progress or Progress()
-        self.exchange = exchange or Exchange(nn.Identity())
-        self.mine, self.note = Note(), Note()
+        self.ranks, self.exchange = ranks or Ranks(), exchange or Exchange(nn.Identity())
+        self.notes, self.mine = Notes(self.ranks, progress or Progress()), Note()
         self.seen: Any = None  # the last batch of the validation loader, if the model is sharded
         self.is_ahead = False  # the note is about a window that was not taken yet
         self.is_broken = False  # a rank has failed, and the others cannot be reached
 
-    @property
-    def clock(self) -> float:
-        """Seconds on a clock that all ranks agree on."""
-        return time.monotonic() if self.ranks.size == 1 else self.note.clock
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether any rank was asked to pause."""
-        asked = self.progress.pause_requested
-        return asked if self.ranks.size == 1 else self.note.pause > 0
-
-    def at_safepoint(self, epoch: Windows | None = None) -> None:
-        """Compare notes, after a step also about the next window of its epoch."""
-        if self.ranks.size == 1:
-            return
+    def send(self, epoch: Windows | None = None) -> None:
+        """Send a note, after a step also about the next window of its epoch."""
         if epoch is not None:
             self.mine, self.is_ahead = note_of(epoch), True
-        self.compare()
+        self.notes.send(self.mine)
 
-    def compare(self) -> None:
-        """Exchange notes with the other ranks."""
-        progress = self.progress
-        requests = {"stop": progress.should_stop, "pause": progress.pause_requested}
-        clock = time.monotonic() if self.ranks.is_main else 0.0
-        self.note = Note(*self.ranks.sum(astuple(replace(self.mine, clock=clock, **requests))))
-        if self.note.stop:
-            progress.stop_reason = first_reason(self.ranks.gather(progress.stop_reason))
+    def at_safepoint(self, epoch: Windows | None = None) -> None:
+        """Read the last notes, and send one unless the run stops; see `send`."""
+        if self.ranks.size == 1:
+            return
+        self.notes.read()
+        if not self.notes.is_stopping:
+            self.send(epoch)
 
     def should_stop(self) -> bool:
-        """Compare notes; return whether any rank was asked to stop."""
+        """Send a note and wait for the others; return whether any rank was asked to stop."""
         self.at_safepoint()
-        return self.progress.should_stop
+        self.notes.read()
+        return self.notes.is_stopping
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank passed True; this rank's flag if the others are out of reach."""
@@ -164,10 +194,11 @@ class Lockstep:
     def begin(self) -> None:
         """Begin a `fit`, when all ranks have come."""
         self.is_ahead = self.is_broken = False
+        self.notes.coming = Note
         self.ranks.failures.begin(self.ranks.max)
-        self.at_safepoint()
+        self.should_stop()
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-023
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-026
 @contextlib.contextmanager
 def failures_told(lockstep: Lockstep) -> Iterator[None]:
     """Tell the other ranks of an error in the block; if it was caused by another's, say so."""
@@ -184,7 +215,7 @@ def failures_told(lockstep: Lockstep) -> Iterator[None]:
             failures.report(error)
         raise
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-026
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-029
 def borrow(ranks: Ranks, own: Any) -> Any:
     """Return this rank's batch, or that of the lowest rank that has one."""
     found = ranks.gather(own)
@@ -198,23 +229,21 @@ def passes_of(lockstep: Lockstep, own: int) -> int:
     return max(own, 1)
 
 
-def complete(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
-    """Return an epoch's window with its shares, and with the idle batches that it needs."""
-    window, total = epoch.window, lockstep.note.weight
-    if not total:  # no rank has a valid pixel
+def complete(lockstep: Lockstep, epoch: Windows, note: Note) -> list[MicroBatch]:
+    """Return an epoch's window with the idle batches that it needs."""
+    window = epoch.window
+    if not note.weight:  # no rank has a valid pixel
         return window or [MicroBatch(None, None, None, 0.0, 0)]
     used = [batch for batch in window if not batch.is_empty]
     example = next(iter(used), epoch.example)
-    if lockstep.note.lacks:
+    if note.lacks:
         epoch.example = example = borrow(lockstep.ranks, example)
     assert example is not None
     idle = idle_batch(example, has_samples=not lockstep.exchange.has_sync_norm)
     missing = passes_of(lockstep, len(used)) - len(used)
-    window = [*window, *(replace(idle) for _ in range(missing))]
-    share_out(window, total, lockstep.ranks.size)
-    return window
+    return [*window, *(replace(idle) for _ in range(missing))]
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-027
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-030
 def next_window(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
     """Return the next window to train on; an empty list once all ranks have read theirs."""
     if lockstep.ranks.size == 1:
@@ -222,17 +251,22 @@ def next_window(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
     if not lockstep.is_ahead:
         lockstep.at_safepoint(epoch)
     lockstep.is_ahead = False
-    return complete(lockstep, epoch) if lockstep.note.batches else []
+    coming, window = lockstep.notes.coming, epoch.window
+    has_work = any(not batch.is_empty for batch in window)
+    if epoch.example is None or lockstep.exchange.needs_equal_passes or not has_work:
+        window = complete(lockstep, epoch, coming()) if coming().batches else []
+    share_out(window, lambda: coming().weight / lockstep.ranks.size)
+    return window
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-031
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-034
 def batches_and_none(lockstep: Lockstep, batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield batches, then None; notes have to be compared after each."""
-    lockstep.seen = None
+    """Yield batches, then None; a note has to be sent after each."""
+    lockstep.seen, lockstep.is_ahead = None, False
     while True:
         raw = next(batches, None)
         lockstep.mine = Note(batches=raw is not None, lacks=raw is None and lockstep.seen is None)
         yield raw
-        if raw is None and not lockstep.note.batches:
+        if raw is None and not lockstep.notes.coming().batches:
             return
 
 
@@ -242,12 +276,12 @@ def follow(lockstep: Lockstep, loader: Iterable[Any]) -> Iterable[Any]:
         return loader
     return batches_and_none(lockstep, open_iterator(loader))
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-033
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-036
 def stand_in(lockstep: Lockstep, raw: Any) -> Any:
     """Return what a rank without a batch computes on, to help the others; None if it need not."""
-    if not (lockstep.exchange.is_sharded and lockstep.note.batches):
+    if not (lockstep.exchange.is_sharded and lockstep.notes.coming().batches):
         return None
     lockstep.seen = lockstep.seen if raw is None else raw
-    if lockstep.note.lacks:
+    if lockstep.notes.coming().lacks:
         lockstep.seen = borrow(lockstep.ranks, lockstep.seen)
     return lockstep.seen if raw is None else None

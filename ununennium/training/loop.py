@@ -124,4 +124,4 @@ class Loop:
         self.hooks.call("on_safepoint", phase)
         self.run.lockstep.at_safepoint(self.run.open if phase == "train" else None)
         hold_while_paused(self.run, self.hooks.call)
-        return self.run.progress.should_stop
+        return self.run.lockstep.notes.is_stopping

@@ -136,7 +136,7 @@ def build_run(
         val_loader=val_loader,
         callbacks=list(callbacks or ()),
         modes=TrainingModes(task.model),
-        skips=SkippedSteps(config.max_skipped_steps, ranks, lambda: lockstep.clock),
+        skips=SkippedSteps(config.max_skipped_steps, ranks, lambda: lockstep.notes.clock),
         built=group_settings(optimizer),
         lockstep=lockstep,
         progress=progress,
@@ -223,7 +223,7 @@ def make_stepper(run: Run) -> Stepper:
 # %% ../../nbs/training/65_run.ipynb #run-036
 def hold_while_paused(run: Run, call: Callable[..., None]) -> None:
     """Wait until a requested pause has ended, or a stop is requested; `call` calls a hook."""
-    while run.lockstep.is_paused and not run.progress.should_stop:
+    while run.lockstep.notes.is_paused and not run.lockstep.notes.is_stopping:
         time.sleep(0.05)  # seconds; a click in a pause is answered within this time
         call("on_safepoint", "paused")
         run.lockstep.at_safepoint()
@@ -234,7 +234,7 @@ def score(
 ) -> dict[str, float] | None:
     """Return the scores over a loader of each rank, or None if `should_stop()` was true."""
     batches, help_others = follow(run.lockstep, loader), functools.partial(stand_in, run.lockstep)
-    return run.evaluator.score(batches, should_stop or run.lockstep.at_safepoint, help_others)
+    return run.evaluator.score(batches, should_stop or run.lockstep.send, help_others)
 
 # %% ../../nbs/training/65_run.ipynb #run-042
 def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
@@ -392,7 +392,7 @@ class RunFacts:
     @property
     def clock(self) -> float:
         """Seconds on a clock that is the same on all ranks: what it decides, all decide."""
-        return self.run.lockstep.clock
+        return self.run.lockstep.notes.clock
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank. All ranks have to call it."""
