@@ -1,12 +1,15 @@
 """A signal is handled in a block, and its old handler is put back."""
 
 import contextlib
+import multiprocessing
+import os
 import signal
 import threading
+import time
 
 import pytest
 
-from ununennium.signals import signal_deferred, signal_handled
+from ununennium.signals import signal_deferred, signal_handled, terminated_only_by
 
 
 def test_the_handler_holds_for_the_block_and_no_longer():
@@ -73,3 +76,45 @@ def test_nothing_is_deferred_where_signals_cannot_be_blocked(monkeypatch):
     with signal_handled(signal.SIGUSR1, note), signal_deferred(signal.SIGUSR1):
         signal.raise_signal(signal.SIGUSR1)
         assert seen == [signal.SIGUSR1]
+
+
+def be_a_worker(pipe):
+    terminated_only_by(multiprocessing.parent_process())
+    pipe.send(os.getpid())
+    time.sleep(60)
+
+
+def be_a_parent(pipe):
+    multiprocessing.get_context("fork").Process(target=be_a_worker, args=(pipe,)).start()
+    pipe.close()
+    time.sleep(60)
+
+
+@pytest.fixture
+def family():
+    """A process, its worker's number, and a pipe that is closed when the worker is gone."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    parent = context.Process(target=be_a_parent, args=(theirs,))
+    parent.start()
+    theirs.close()
+    worker = ours.recv()
+    yield parent, worker, ours
+    parent.kill()
+    parent.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_worker_survives_a_signal_that_its_parent_did_not_send(family):
+    _, worker, pipe = family
+    os.kill(worker, signal.SIGTERM)
+    assert not pipe.poll(0.5)
+
+
+def test_a_worker_does_not_outlive_a_parent_that_was_killed(family):
+    parent, _, pipe = family
+    parent.kill()
+    assert pipe.poll(10)  # seconds
+    with pytest.raises(EOFError):
+        pipe.recv()

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TypeAlias
 
@@ -58,18 +59,20 @@ def signal_deferred(number: int) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/05_signals.ipynb #signals-012
-def terminated_only_by(process: int) -> None:
-    """From now on, let SIGTERM end this process only if the process with this number sends it.
+def terminated_only_by(parent: BaseProcess) -> None:
+    """From now on, let SIGTERM end this process only if its parent sends it, or does not live.
 
     Where the sender is not known (macOS, Windows), nothing changes.
     """
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
-            pass
+        while parent.is_alive():
+            found = signal.sigtimedwait({signal.SIGTERM}, 2)  # seconds
+            if found is not None and found.si_pid == parent.pid:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

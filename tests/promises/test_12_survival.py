@@ -236,7 +236,8 @@ class Beacon(Callback):
 def train_with_workers(folder, beacon):
     os.setsid()  # its workers are in its process group, and nobody else
     torch.set_num_threads(1)
-    loader = DataLoader(TensorDataset(torch.randn(400, 4), torch.randn(400, 1)), 2, num_workers=2)
+    data = TensorDataset(torch.randn(400, 4), torch.randn(400, 1))
+    loader = DataLoader(data, 2, num_workers=2, multiprocessing_context="fork")  # its children
     model = nn.Linear(4, 1)
     keep = CheckpointCallback(folder, "train_loss", save_on_exception=False)
     callbacks = [keep, Beacon(beacon)]

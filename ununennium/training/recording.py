@@ -248,8 +248,8 @@ class RestoreWorker:
         if self.init is not None:
             self.init(number)
         worker, parent = get_worker_info(), multiprocessing.parent_process()
-        if worker is not None and parent is not None and parent.pid is not None:
-            terminated_only_by(parent.pid)
+        if worker is not None and parent is not None:
+            terminated_only_by(parent)
         if worker is not None and number in self.states:
             set_random_state(self.states[number], worker.dataset, self.collate)
 
