@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import io
 import itertools
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from .metrics import WeightedMean
 
@@ -331,6 +329,18 @@ def share_buffers(ranks: Ranks, model: nn.Module) -> None:
             buffer.copy_(part.view_as(buffer))
 
 # %% ../nbs/20_distributed.ipynb #distributed-037
+def differing(ranks: Ranks, model: nn.Module) -> str | None:
+    """Return the name of the first parameter that differs between ranks; None if none does."""
+    norms = {name: p.detach().norm().double() for name, p in model.named_parameters()}
+    device = next(iter(norms.values())).device
+    own = torch.stack([norm.to(device) for norm in norms.values()]).tolist()
+    for name, *found in zip(norms, *ranks.gather(own), strict=True):
+        is_same = all(math.isclose(x, found[0], rel_tol=1e-6) for x in found)
+        if not is_same and not any(map(math.isnan, found)):
+            return name
+    return None
+
+# %% ../nbs/20_distributed.ipynb #distributed-040
 def whole_state(ranks: Ranks, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return an optimizer's whole state, even if ranks divide it. All ranks have to call it."""
     consolidate = getattr(optimizer, "consolidate_state_dict", None)
@@ -339,7 +349,7 @@ def whole_state(ranks: Ranks, optimizer: torch.optim.Optimizer) -> dict[str, Any
     consolidate(to=0)
     return ranks.from_main(optimizer.state_dict() if ranks.is_main else {})
 
-# %% ../nbs/20_distributed.ipynb #distributed-039
+# %% ../nbs/20_distributed.ipynb #distributed-042
 def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str, float]:
     """Return the means over all ranks as plain numbers, by name."""
     if ranks.size == 1:
@@ -350,87 +360,3 @@ def mean_over_ranks(ranks: Ranks, means: Mapping[str, WeightedMean]) -> dict[str
         totals, weights = zip(*(part[name] for part in parts if name in part), strict=True)
         merged[name] = sum(totals) / sum(weights) if sum(weights) else math.nan
     return merged
-
-# %% ../nbs/20_distributed.ipynb #distributed-042
-class OwnSamples:
-    """A rank's samples of an epoch: no sample is repeated, and none of another rank is in it.
-
-    Parameters
-    ----------
-    sampler
-        The samples of one rank, perhaps with repetitions.
-    """
-
-    def __init__(self, sampler: DistributedSampler) -> None:
-        self.sampler, self.start = sampler, 0
-
-    def order(self) -> list[int]:
-        """Return the samples of all ranks, in the order of this epoch."""
-        whole: Any = copy.copy(self.sampler)
-        whole.rank, whole.num_replicas, whole.drop_last = 0, 1, False
-        whole.num_samples = whole.total_size = len(whole.dataset)
-        return list(whole)
-
-    @property
-    def end(self) -> int:
-        """How many samples of the order are used: with `drop_last`, as many on each rank."""
-        sampler: Any = self.sampler
-        left = len(sampler.dataset) - self.start
-        return self.start + left - left % (sampler.num_replicas if sampler.drop_last else 1)
-
-    def __len__(self) -> int:
-        sampler = self.sampler
-        return len(range(self.start + sampler.rank, self.end, sampler.num_replicas))
-
-    def __iter__(self) -> Iterator[int]:
-        sampler = self.sampler
-        return iter(self.order()[self.start + sampler.rank : self.end : sampler.num_replicas])
-
-# %% ../nbs/20_distributed.ipynb #distributed-045
-def own_share(loader: Any, size: int) -> Any:
-    """Return a copy of a loader that reads a rank's `OwnSamples`; other loaders as they are.
-
-    None becomes an empty list if there are several ranks: another one may have a loader.
-    """
-    if loader is None:
-        return None if size == 1 else []
-    sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-    if not (isinstance(loader, DataLoader) and isinstance(sampler, DistributedSampler)):
-        return loader
-    is_usual = type(sampler).__iter__ is DistributedSampler.__iter__
-    if not is_usual or sampler.num_replicas != size:
-        return loader
-    if batches is not None and type(batches) is not BatchSampler:
-        return loader
-    own = copy.copy(loader)
-    parts: dict[str, Any] = {"sampler": OwnSamples(sampler)}
-    if batches is not None:
-        parts["batch_sampler"] = BatchSampler(
-            parts["sampler"], batches.batch_size, batches.drop_last
-        )
-    own.__dict__.update(parts)  # a DataLoader refuses plain assignments
-    return own
-
-# %% ../nbs/20_distributed.ipynb #distributed-048
-def group_batch_size(loader: Any) -> int | None:
-    """Return how many samples the ranks read in one batch of each; None without `OwnSamples`."""
-    sampler = getattr(loader, "sampler", None)
-    if not isinstance(sampler, OwnSamples):
-        return None
-    size = 1 if loader.batch_sampler is None else loader.batch_sampler.batch_size
-    return size * sampler.sampler.num_replicas
-
-
-def samples_done(loader: Any, batches: int, is_over: bool = False) -> int | None:
-    """Return how many samples are done after `batches` batches of rank 0; None if unknown."""
-    size = group_batch_size(loader)
-    if size is None:
-        return None
-    end = len(loader.dataset) if is_over else loader.sampler.end
-    return end if is_over else min(loader.sampler.start + batches * size, end)
-
-
-def begin_after(loader: Any, samples: int) -> None:
-    """Let a loader begin its epochs after the first `samples` samples of all ranks."""
-    if group_batch_size(loader) is not None:
-        loader.sampler.start = samples

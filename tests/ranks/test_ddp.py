@@ -1,7 +1,9 @@
 """What DistributedDataParallel can be combined with: each gives the steps of one process."""
 
+import contextlib
 import copy
 import functools
+import io
 import itertools
 import warnings
 from dataclasses import dataclass, field
@@ -376,19 +378,49 @@ def test_the_optimizer_may_be_built_before_or_from_what_is_inside():
             torch.testing.assert_close(final, by_hand(Net)[-1], rtol=0, atol=1e-10)
 
 
-def check_then_train():
-    """Rank 1 begins with a batch of nodata."""
+def check_then_train(name):
+    """Rank 1 begins with a batch of nodata, and rank 2 has no loader to validate."""
     loader, vectors = copy.deepcopy(TRAIN[dist.get_rank()]), Vectors()
     loader[0], loader[1] = loader[1], loader[0]
-    trainer = make_trainer(plain(Net()), [vectors], loader=loader)
-    trainer.check()
+    trainer = make_trainer(VARIANTS[name](), [vectors], loader=loader)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        problems = trainer.check()
     trainer.fit(2)
-    return vectors.kept[-1]
+    return vectors.kept[-1], printed.getvalue(), problems
 
 
-def test_a_check_exchanges_no_gradient():
-    for last in on_ranks(2, check_then_train):
-        torch.testing.assert_close(last, by_hand(Net)[-1], rtol=0, atol=1e-10)
+@pytest.mark.parametrize("name", ["plain", "static"])
+def test_a_check_exchanges_no_gradient_and_only_rank_0_prints(name):
+    lasts, printed, problems = zip(*on_ranks(3, check_then_train, name), strict=True)
+    for last in lasts:
+        torch.testing.assert_close(last, by_hand(Net, 3)[-1], rtol=0, atol=1e-10)
+    assert "val_IoU" in printed[0] and printed[1:] == ("", "")
+    assert problems[0] == problems[1] == problems[2]
+    assert any(text.startswith("Rank 1: The batch has no label") for text in problems[0])
+
+
+class Unfreeze(Callback):
+    """Freezes the head before training and unfreezes it in the second epoch."""
+
+    def on_epoch_start(self, trainer, epoch):
+        trainer.model.module.head.requires_grad_(epoch > 0)
+
+
+def unfreeze():
+    net = Net()
+    net.head.requires_grad_(False)
+    model = plain(net)
+    net.head.requires_grad_(True)  # for the optimizer
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(model, [Unfreeze()]).fit(2)
+    return [text for each in caught if "the same model" in (text := str(each.message))]
+
+
+def test_a_layer_that_is_unfrozen_too_late_is_named():
+    first, second = on_ranks(2, unfreeze)
+    assert len(first) == 1 and "head.weight differs between them" in first[0] and not second
 
 
 class Outer(nn.Module):
@@ -703,7 +735,7 @@ def test_exchanges_are_as_many_whatever_is_accumulated(case):
     assert buckets > 1 or bucket_mb == 25
     assert epoch[:steps] == [("train", buckets, 1, buckets + dtypes)] * steps
     assert epoch[steps:] == [
-        ("validate", 0, 5, dtypes),  # a note, two sums at the end of the loader; shared buffers
+        ("validate", 0, 8, dtypes),  # a note, sums, norms of the parameters; shared buffers
         ("validate", 0, 1, 0),
         ("validate", 0, 1, 0),
         ("validate", 0, 1, 0),  # rank 1 has one batch, rank 0 three

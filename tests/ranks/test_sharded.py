@@ -263,3 +263,20 @@ def test_missing_parts_are_noticed_and_the_file_before_is_used(tmp_path):
     with pytest.warns(UserWarning, match="last.pt is left out"):
         assert trainer.resume(tmp_path).name == "previous.pt"
     assert trainer.global_step == 4
+
+
+def check_first():
+    """Rank 1 begins with a batch of nodata, and has no loader to validate."""
+    rank = dist.get_rank()
+    train = TRAIN[rank][1:] if rank == 1 else TRAIN[rank]
+    trainer = make_trainer(shard(Net()), loaders=(train, None if rank else VAL[0]))
+    before = vector(trainer.model)
+    problems = trainer.check()
+    trainer.fit(1)
+    return problems, torch.equal(before, vector(trainer.model))
+
+
+def test_a_check_waits_for_no_rank():
+    first, second = on_ranks(2, check_first)
+    assert first == second and not first[1]
+    assert any(text.startswith("Rank 1: The batch has no label") for text in first[0])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..distributed import is_part
 from .batches import MicroBatch, num_batches, open_iterator, prediction
 from .batches import quote_names, sample_names
 from .finite import bad_rows
@@ -23,7 +24,7 @@ from .messages import add_hint, format_bytes
 from .modes import modes_restored
 from .monitor import Monitor
 from .rng import random_state_kept
-from .run import Run, random_owners
+from .run import Run, random_owners, score
 from .session import hint_for
 from .step import check_gradient, gradient_norm
 from .targets import labels_outside
@@ -200,7 +201,9 @@ class SavedTensorBytes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        parts: list[Any] = list(model.parameters())
+        local = (part.to_local() if is_part(part) else part for part in parts)
+        self.own = {part.untyped_storage().data_ptr() for part in local}
         self.storages: dict[int, int] = {}
 
     def __enter__(self) -> SavedTensorBytes:
@@ -268,7 +271,8 @@ def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str], list[st
     problems += found + inspect_output(shown, run.task.loss_fn)
     report["output"] = shape_of(shown)
     losses = list(batch.losses)
-    if batch.is_empty:
+    lacks = run.lockstep.any(batch.is_empty) and run.task.exchange.needs_equal_passes
+    if lacks or batch.is_empty:
         return report, problems, losses
     report["loss"], found = inspect_loss_value(run, batch)
     report["memory"] = (
@@ -344,7 +348,7 @@ def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str]
         warnings.simplefilter("always")
         report["epoch"] = epoch_length(run)
         raw = first_batch(run.train_loader)
-        if raw is None:
+        if run.lockstep.any(raw is None):
             report["input"] = "train_loader can be read only once, so it was not inspected"
             return report, []
         with run.task.exchange.gradients(is_last=False):
@@ -352,8 +356,9 @@ def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str]
         report |= found | inspect_loop(loop_class)
         problems += inspect_last_batch(run)
         scores = {"lr": 0.0} | {f"train_{name}": 0.0 for name in losses}
-        if run.val_loader is not None and (val := first_batch(run.val_loader)) is not None:
-            scores |= run.evaluator.score([val]) or {}
+        val = None if run.val_loader is None else first_batch(run.val_loader)
+        if run.lockstep.any(val is not None):
+            scores |= score(run, [] if val is None else [val]) or {}
             report["scores"] = ", ".join(name for name in scores if "/" not in name)
         problems += inspect_monitors(run, scores)
     return report, problems + [str(warning.message) for warning in caught]
@@ -365,7 +370,16 @@ class Problems(list[str]):
     def _ipython_display_(self) -> None:
         pass
 
-# %% ../../nbs/training/78_check.ipynb #check-066
+# %% ../../nbs/training/78_check.ipynb #check-067
+def problems_of_all(found: list[list[str]]) -> list[str]:
+    """Return the problems of all ranks, each once; those that rank 0 does not have, with a rank."""
+    ranks: dict[str, int] = {}
+    for rank, problems in enumerate(found):
+        for problem in problems:
+            ranks.setdefault(problem, rank)
+    return [f"Rank {rank}: {problem}" if rank else problem for problem, rank in ranks.items()]
+
+# %% ../../nbs/training/78_check.ipynb #check-069
 def check(run: Run, loop_class: type[Loop] = Loop) -> Problems:
     """Inspect one batch of each loader, print the report, and change nothing.
 
@@ -380,8 +394,10 @@ def check(run: Run, loop_class: type[Loop] = Loop) -> Problems:
         size = getattr(run.train_loader, "batch_size", None) or 1
         add_hint(error, hint_for(error, size, run.config.accumulation_steps))
         raise
-    for name, text in report.items():
-        print(f"{name:8s}{text}")
-    for problem in problems or ["nothing suspicious"]:
-        print(f"{'!' if problems else '':8s}{problem}")
+    problems = problems_of_all(run.lockstep.ranks.gather(problems))
+    if run.lockstep.ranks.is_main:
+        for name, text in report.items():
+            print(f"{name:8s}{text}")
+        for problem in problems or ["nothing suspicious"]:
+            print(f"{'!' if problems else '':8s}{problem}")
     return Problems(problems)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..distributed import group_batch_size, samples_done
 from ..metrics import WeightedMean
+from ..sampling import group_batch_size, samples_done
 from .batches import AccumulationWindows, MicroBatch
 from .loader import ResumableLoader
 from .lockstep import Lockstep, next_window

@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from ..distributed import Exchange, Ranks
+from ..distributed import Exchange, Ranks, differing
 from .batches import num_batches
 from .config import TrainerConfig
 from .hooks import HOOKS, Callback, has_hook
 from .messages import warn
+from .restore import unwrap
 
 # %% auto #0
 __all__ = []
@@ -181,6 +182,17 @@ def check_ranks(
         )
 
 # %% ../../nbs/training/47_parts.ipynb #parts-034
+def check_same_model(ranks: Ranks, exchange: Exchange, model: nn.Module) -> None:
+    """Warn if ranks that share a model have different parameters."""
+    if ranks.size > 1 and exchange.ddps and (name := differing(ranks, unwrap(model))):
+        warn(
+            f"The ranks do not train the same model any more: {name} differs between them. "
+            "DistributedDataParallel exchanges gradients only for parameters that required one "
+            "when it wrapped the model. Unfreeze them before that, and wrap the model again. "
+            "Change parameters in the same way on all ranks."
+        )
+
+# %% ../../nbs/training/47_parts.ipynb #parts-037
 def check_parts(
     model: object,
     optimizer: object,

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed import begin_after, find_ranks, own_share, share_buffers, whole_state
+from ..distributed import find_ranks, share_buffers, whole_state
 from ..metrics import MetricSet
+from ..sampling import begin_after, own_share
 from .batches import AccumulationWindows
 from .config import TrainerConfig
 from .epoch import OpenEpoch, check_end, totals
@@ -25,7 +26,7 @@ from .loader import ResumableLoader, owners_of
 from .lockstep import Lockstep, follow, stand_in
 from .messages import warn
 from .modes import TrainingModes
-from .parts import check_parts, check_ranks
+from .parts import check_parts, check_ranks, check_same_model
 from .restore import group_settings
 from .rng import random_state, seed_all, set_random_state
 from .schedule import Schedule
@@ -253,7 +254,9 @@ def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
 # %% ../../nbs/training/65_run.ipynb #run-043
 def end_of_loader(run: Run, epoch: OpenEpoch) -> None:
     """Check an epoch whose loader has ended; discard it if there was no batch."""
-    share_buffers(run.lockstep.ranks, run.task.model)
+    ranks, model = run.lockstep.ranks, run.task.model
+    share_buffers(ranks, model)
+    check_same_model(ranks, run.task.exchange, model)
     if not totals(epoch)[0]:
         run.open = None  # a later fit begins it again
     check_end(epoch, run.progress.epoch)
