@@ -657,6 +657,28 @@ def test_torchmetrics_score_all_ranks(kind):
     assert results[0][0] == results[1][0] == pytest.approx(metric.compute().item())
 
 
+def score_lists():
+    """Rank 1 has nothing to validate; the metrics of rank 0 keep lists of predictions."""
+    curve = torchmetrics.classification.MulticlassAUROC(3, thresholds=None, ignore_index=255)
+    both = torchmetrics.MetricCollection({"curve": curve, "accuracy": accuracy()})
+    model, val = plain(Net()), None if dist.get_rank() else VAL[0]
+    config = TrainerConfig(device="cpu", progress="none")
+    metrics = {"curve": curve.clone(), "both": both}
+    trainer = Trainer(model, sgd(model), LOSS, TRAIN[0], val, metrics=metrics, config=config)
+    return trainer.fit(1), vector(model)
+
+
+def test_a_rank_without_a_batch_leaves_the_curves_of_torchmetrics_to_the_others():
+    results, net = on_ranks(2, score_lists), Net()
+    nn.utils.vector_to_parameters(results[0][1], net.parameters())
+    curve = torchmetrics.classification.MulticlassAUROC(3, thresholds=None, ignore_index=255)
+    for image, mask in VAL[0]:
+        curve.update(net(image).float(), mask)
+    for history, _ in results:
+        assert history["val_curve"] == [pytest.approx(curve.compute().item())]
+        assert history["val_both_curve"] == history["val_curve"]
+
+
 def test_a_metric_that_ranks_cannot_merge_is_refused():
     for message in on_ranks(2, score, "plain"):
         assert "metrics['plain']" in message and "has no merge_state" in message

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..distributed import Ranks, mean_over_ranks
-from ..metrics import ConfusionMatrix, MetricSet, WeightedMean, check_mergeable
+from ..metrics import ConfusionMatrix, MetricSet, WeightedMean
+from ..metrics import check_mergeable, syncs_itself
 from .batches import MicroBatch, open_iterator, prediction
 from .batches import quote_names, sample_names
 from .messages import add_hint, warn
@@ -130,10 +131,29 @@ class ScoringPass:
         )
 
 # %% ../../nbs/training/52_evaluate.ipynb #evaluate-017
+def list_states(metrics: MetricSet | None) -> list[tuple[list[Any], torch.device]]:
+    """Return the states of torchmetrics' metrics that are lists, and where their tensors are."""
+    found: list[Any] = [m for m in (metrics.metrics.values() if metrics else ()) if syncs_itself(m)]
+    parts = [m.values(copy_state=False) if hasattr(m, "values") else [m] for m in found]
+    states = [(s, m.device) for part in parts for m in part for s in m.metric_state.values()]
+    return [(state, device) for state, device in states if isinstance(state, list)]
+
+
+def fill_lists(ranks: Ranks, lists: list[tuple[list[Any], torch.device]]) -> None:
+    """Put a tensor without elements into each list that is empty here and not on another rank."""
+    firsts = (next((x for x in state if isinstance(x, Tensor)), None) for state, _ in lists)
+    own = [None if first is None else torch.atleast_1d(first)[:0].cpu() for first in firsts]
+    for (state, device), *found in zip(lists, *ranks.gather(own), strict=True):
+        if not state:
+            state += [value.to(device) for value in found if value is not None][:1]
+
+# %% ../../nbs/training/52_evaluate.ipynb #evaluate-019
 def merge_metrics(ranks: Ranks, metrics: MetricSet | None) -> MetricSet | None:
     """Return the metrics of all ranks in one; a rank without a batch may have none."""
     if ranks.size == 1:
         return metrics
+    if lists := list_states(metrics):
+        fill_lists(ranks, lists)
     own = None if metrics is None else metrics.mergeable()
     found = [part for part in ranks.gather(own) if part is not None]
     merged = MetricSet(dict(metrics.metrics) if metrics else {}, metrics and metrics.class_names)
@@ -143,7 +163,7 @@ def merge_metrics(ranks: Ranks, metrics: MetricSet | None) -> MetricSet | None:
         merged.metrics[name] = first
     return merged
 
-# %% ../../nbs/training/52_evaluate.ipynb #evaluate-020
+# %% ../../nbs/training/52_evaluate.ipynb #evaluate-022
 @contextlib.contextmanager
 def batch_named(number: int, raw: Any) -> Iterator[None]:
     """Add to an error which batch of the validation loader raised it."""
@@ -155,7 +175,7 @@ def batch_named(number: int, raw: Any) -> Iterator[None]:
         add_hint(error, f"{where} ({names})." if names else f"{where}.")
         raise
 
-# %% ../../nbs/training/52_evaluate.ipynb #evaluate-023
+# %% ../../nbs/training/52_evaluate.ipynb #evaluate-025
 def check_names(losses: Iterable[str], scores: Iterable[str]) -> None:
     """Raise a `ValueError` if a score of a metric has the name of a loss."""
     if taken := sorted(set(losses) & set(scores)):
@@ -164,7 +184,7 @@ def check_names(losses: Iterable[str], scores: Iterable[str]) -> None:
             "name in metrics={...}."
         )
 
-# %% ../../nbs/training/52_evaluate.ipynb #evaluate-026
+# %% ../../nbs/training/52_evaluate.ipynb #evaluate-028
 class Evaluator:
     """Scores a loader, and knows which way each score is better.
 
