@@ -401,26 +401,33 @@ def test_a_check_exchanges_no_gradient_and_only_rank_0_prints(name):
 
 
 class Unfreeze(Callback):
-    """Freezes the head before training and unfreezes it in the second epoch."""
+    """Trains the head in the second epoch only."""
 
     def on_epoch_start(self, trainer, epoch):
         trainer.model.module.head.requires_grad_(epoch > 0)
 
 
-def unfreeze():
-    net = Net()
-    net.head.requires_grad_(False)
-    model = plain(net)
-    net.head.requires_grad_(True)  # for the optimizer
+def unfreeze(is_frozen_first):
+    net, vectors = Net(), Vectors()
+    net.head.requires_grad_(not is_frozen_first)
+    model = plain(net, find_unused_parameters=True)
+    net.head.requires_grad_(True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make_trainer(model, [Unfreeze()]).fit(2)
-    return [text for each in caught if "the same model" in (text := str(each.message))]
+        make_trainer(model, [Unfreeze(), vectors]).fit(2)
+    texts = [text for each in caught if "the same model" in (text := str(each.message))]
+    return texts, vectors.kept[-1]
 
 
-def test_a_layer_that_is_unfrozen_too_late_is_named():
-    first, second = on_ranks(2, unfreeze)
+def test_a_layer_that_is_frozen_before_the_model_is_wrapped_is_named():
+    (first, one), (second, two) = on_ranks(2, unfreeze, True)
     assert len(first) == 1 and "head.weight differs between them" in first[0] and not second
+    assert not torch.allclose(one, two)
+
+
+def test_a_layer_that_is_frozen_afterwards_is_trained_alike():
+    (first, one), (_, two) = on_ranks(2, unfreeze, False)
+    assert not first and torch.equal(one, two)
 
 
 class Outer(nn.Module):

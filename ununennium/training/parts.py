@@ -188,8 +188,8 @@ def check_same_model(ranks: Ranks, exchange: Exchange, model: nn.Module) -> None
         warn(
             f"The ranks do not train the same model any more: {name} differs between them. "
             "DistributedDataParallel exchanges gradients only for parameters that required one "
-            "when it wrapped the model. Unfreeze them before that, and wrap the model again. "
-            "Change parameters in the same way on all ranks."
+            "when it wrapped the model. Pass it find_unused_parameters=True, and freeze layers "
+            "afterwards. Change parameters in the same way on all ranks."
         )
 
 # %% ../../nbs/training/47_parts.ipynb #parts-037
