@@ -1,6 +1,6 @@
 """The trainer over several processes against hand-written DDP: the ratio of their times.
 
-    python benchmarks/processes.py [--ranks 1 2 4] [--rounds 9] [--steps 20]
+    python benchmarks/processes.py [--ranks 1 2 4] [--rounds 9] [--batches 60]
 
 Gloo ranks train a U-Net on images of 64 x 64 pixels, 4 of them in a batch of each rank. Both loops
 do the same: read from memory, forward, cross-entropy, backward, which exchanges gradients, clip,
@@ -91,12 +91,12 @@ def end(begin):
     return seconds.item()
 
 
-def compare(rank, size, path, rounds, steps, accumulation):
+def compare(rank, size, path, rounds, count, accumulation):
     """Run all rounds on one rank; rank 0 prints."""
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
-    batches, noise, ratios, plain = make_batches(rank, steps * accumulation), [], [], []
+    batches, noise, ratios, plain = make_batches(rank, count), [], [], []
     for number in range(rounds + 1):
         first = by_hand(batches, accumulation)
         ours = by_trainer(batches, accumulation)
@@ -104,12 +104,12 @@ def compare(rank, size, path, rounds, steps, accumulation):
         if number:  # the first round warms up
             noise.append(second / first)
             ratios.append(2 * ours / (first + second))
-            plain.append((first + second) / 2 / steps)
+            plain.append((first + second) / 2 / count)
     if rank == 0:
         milliseconds = 1000 * statistics.median(plain)
         print(
             f"{size} rank{'s' * (size > 1):1}, accumulation {accumulation}: "
-            f"{milliseconds:6.1f} ms per step by hand, noise {statistics.median(noise):.3f}, "
+            f"{milliseconds:6.1f} ms per batch by hand, noise {statistics.median(noise):.3f}, "
             f"trainer {statistics.median(ratios):.3f}",
             flush=True,
         )
@@ -122,13 +122,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batches", type=int, default=60, help="per epoch and rank")
     parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 4])
     options = parser.parse_args()
     for size in options.ranks:
         for accumulation in options.accumulation:
             with tempfile.TemporaryDirectory() as folder:
-                details = (size, f"{folder}/group", options.rounds, options.steps, accumulation)
+                details = (size, f"{folder}/group", options.rounds, options.batches, accumulation)
                 torch.multiprocessing.spawn(compare, details, nprocs=size)
 
 

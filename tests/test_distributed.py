@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from processes import on_ranks
+from ununennium import distributed
 from ununennium.distributed import (
     Exchange,
     Failures,
@@ -210,3 +212,22 @@ def wait_in_vain():
 def test_nobody_waits_for_a_rank_that_has_failed():
     found = on_ranks(2, wait_in_vain)[0]
     assert len(found) == 2 and all("Rank 1 failed: OSError: the archive" in text for text in found)
+
+
+def wait_long():
+    """Rank 1 comes late."""
+    distributed.PATIENCE = 1
+    ranks = find_ranks()
+    if ranks.rank == 1:
+        time.sleep(2.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ranks.sum([1.0])
+    distributed.PATIENCE = 60
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_rank_that_waits_long_says_so_once():
+    first, second = on_ranks(2, wait_long)
+    assert len(first) == 1 and "Rank 0 has waited for the other ranks for 1 seconds" in first[0]
+    assert not second

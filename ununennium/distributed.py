@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -74,8 +75,9 @@ class Failures:
     def explanation(self) -> RankFailed:
         """Return an error that says why this rank cannot go on."""
         why = self.first() or (
-            "Another rank has ended without a word: it was killed, or its machine is gone. "
-            "torchrun names it at the end of its output."
+            "Another rank has ended without a word: it was killed, its machine is gone, or its "
+            "script was through. torchrun names a killed one at the end of its output. And all "
+            "ranks have to call fit, validate, check and save_checkpoint."
         )
         return RankFailed(f"{why}\nThis rank, {self.rank}, cannot go on without it and stops too.")
 
@@ -98,9 +100,19 @@ def unpacked(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
 
 # %% ../nbs/20_distributed.ipynb #distributed-016
+PATIENCE = 60  # seconds
+
+
 def await_all(exchange: Any, failures: Failures) -> None:
     """Wait for an exchange of the host group; raise `RankFailed` if a rank fails meanwhile."""
-    while True:
+    for seconds in itertools.count():
+        if seconds == PATIENCE:
+            warnings.warn(
+                f"Rank {failures.rank} has waited for the other ranks for {PATIENCE} seconds. If "
+                "they are not busy, they may be somewhere else: all ranks have to call fit, "
+                "validate, check and save_checkpoint.",
+                stacklevel=2,
+            )
         try:
             exchange.wait(timedelta(seconds=1))
             return

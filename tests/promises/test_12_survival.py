@@ -23,7 +23,7 @@ def trainer_of_many(folder, **options):
     return make_trainer(batches, model=model, callbacks=[keep])
 
 
-KILLS = int(os.environ.get("SURVIVAL_KILLS", 40))
+KILLS = int(os.environ.get("SURVIVAL_KILLS", 24))
 
 
 def train_until_killed(folder):

@@ -1,5 +1,7 @@
 """Models sharded by FSDP2 take the same steps, and share files with plain ones."""
 
+import contextlib
+import io
 import warnings
 
 import pytest
@@ -280,3 +282,17 @@ def test_a_check_waits_for_no_rank():
     first, second = on_ranks(2, check_first)
     assert first == second and not first[1]
     assert any(text.startswith("Rank 1: The batch has no label") for text in first[0])
+
+
+def print_check(build):
+    """Both ranks have the same batch, so the gradient is that of one process."""
+    trainer = make_trainer(shard(Net()) if build else Net(), loaders=(TRAIN[0], None))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        trainer.check()
+    return printed.getvalue()
+
+
+def test_a_check_finds_the_gradient_of_all_parts():
+    wanted = next(line for line in print_check(False).splitlines() if "gradient norm" in line)
+    assert wanted in on_ranks(2, print_check, True)[0]

@@ -351,7 +351,8 @@ def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str]
         if run.lockstep.any(raw is None):
             report["input"] = "train_loader can be read only once, so it was not inspected"
             return report, []
-        with run.task.exchange.gradients(is_last=False):
+        exchange = run.task.exchange
+        with exchange.gradients(is_last=exchange.is_sharded):  # else each rank has its own
             found, problems, losses = inspect_step(run, raw)
         report |= found | inspect_loop(loop_class)
         problems += inspect_last_batch(run)

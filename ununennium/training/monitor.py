@@ -134,4 +134,5 @@ def stop_text(name: str, best: float | None, epoch: int | None, waited: int) -> 
     text = "had no value"
     if best is not None and epoch is not None:
         text = f"was best in epoch {epoch + 1} ({best:.4g})"
-    return f"{name} {text} and did not improve for {waited} epochs"
+    epochs = "1 epoch" if waited == 1 else f"{waited} epochs"
+    return f"{name} {text} and did not improve for {epochs}"

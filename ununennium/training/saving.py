@@ -291,7 +291,8 @@ def state_of_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
         return saved | parts[rank]
     epoch, text = inherit_epoch([part["open"] for part in parts], run.loader("train"), rank), ""
     if saved["open"]:
-        text = " The open epoch " + ("goes on with what is left." if epoch else "begins again.")
+        again = "begins again; a DistributedSampler would let it go on."
+        text = " The open epoch " + ("goes on with what is left." if epoch else again)
     writers = "1 process" if len(parts) == 1 else f"{len(parts)} processes"
     warn(
         f"The file was written by {writers}, and this run has {size}.{text} Random numbers differ."
