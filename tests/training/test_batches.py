@@ -26,6 +26,7 @@ from ununennium.training.batches import (
     set_shares,
     to_device,
     unpack,
+    worker_deaths_told,
 )
 
 IMAGE, MASK = torch.zeros(3, 4, 2, 2), torch.zeros(3, 2, 2, dtype=torch.int64)
@@ -218,6 +219,23 @@ def test_the_number_of_batches():
     assert num_batches([1, 2]) == 2 and num_batches([]) == 0
     assert num_batches(iter([1, 2])) is None
     assert num_batches(torch.utils.data.DataLoader(Stream())) is None
+
+
+@pytest.mark.parametrize("lost", [EOFError, ConnectionResetError, ConnectionRefusedError])
+def test_the_death_of_a_worker_is_told_although_its_socket_closed_first(lost):
+    def tell(number, frame):
+        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
+
+    with signal_handled(signal.SIGALRM, tell):
+        with pytest.raises(RuntimeError, match="killed"), worker_deaths_told():
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            raise lost
+
+
+def test_a_lost_connection_without_a_dead_worker_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(ConnectionResetError, match="by the archive"), worker_deaths_told():
+        raise ConnectionResetError("closed by the archive")
 
 
 # Micro-batches.

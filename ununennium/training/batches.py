@@ -5,6 +5,7 @@
 # %% ../../nbs/training/40_batches.ipynb #batches-003
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -162,7 +163,17 @@ def num_batches(loader: Any) -> int | None:
     except TypeError:
         return None
 
-# %% ../../nbs/training/40_batches.ipynb #batches-028
+# %% ../../nbs/training/40_batches.ipynb #batches-027
+@contextlib.contextmanager
+def worker_deaths_told() -> Iterator[None]:
+    """Let PyTorch say that a worker was killed, where a lost connection was noticed first."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        time.sleep(1)  # PyTorch's handler of SIGCHLD raises in here
+        raise
+
+# %% ../../nbs/training/40_batches.ipynb #batches-031
 @dataclass(slots=True)
 class MicroBatch:
     """One batch on its way through an optimizer step.
@@ -226,14 +237,14 @@ class MicroBatch:
         """Drop losses and checks, and with them their graphs."""
         self.losses, self.checks = {}, {}
 
-# %% ../../nbs/training/40_batches.ipynb #batches-031
+# %% ../../nbs/training/40_batches.ipynb #batches-034
 def set_shares(window: list[MicroBatch]) -> None:
     """Let the shares of a window sum to 1, unless all batches are empty."""
     total = sum((batch.weight for batch in window), start=0.0)
     for batch in window:
         batch.divisor = total
 
-# %% ../../nbs/training/40_batches.ipynb #batches-037
+# %% ../../nbs/training/40_batches.ipynb #batches-040
 class BatchReader:
     """Read a loader batch by batch, and keep each batch until it is used.
 
@@ -267,7 +278,7 @@ class BatchReader:
             self.waited += time.perf_counter() - begin
         return not self.exhausted
 
-# %% ../../nbs/training/40_batches.ipynb #batches-042
+# %% ../../nbs/training/40_batches.ipynb #batches-045
 class AccumulationWindows:
     """Read a loader in windows, one window per optimizer step.
 

@@ -16,7 +16,7 @@ from ..distributed import Ranks, mean_over_ranks
 from ..metrics import ConfusionMatrix, MetricSet, WeightedMean
 from ..metrics import check_mergeable, syncs_itself
 from .batches import MicroBatch, open_iterator, prediction
-from .batches import quote_names, sample_names
+from .batches import quote_names, sample_names, worker_deaths_told
 from .messages import add_hint, warn
 from .modes import modes_restored
 from .parts import EMPTY_HINT
@@ -221,7 +221,12 @@ class Evaluator:
         A rank's loader may give None while others have batches; see `stand_in` in *lockstep*.
         """
         total, model = ScoringPass(self.task, self.metrics), self.task.model
-        with modes_restored(model), random_state_kept(), self.task.exchange.none():
+        with (
+            modes_restored(model),
+            random_state_kept(),
+            self.task.exchange.none(),
+            worker_deaths_told(),
+        ):
             model.eval()
             for number, raw in enumerate(open_iterator(loader)):
                 if should_stop():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..signals import signal_handled
-from .batches import num_batches, sample_count
+from .batches import num_batches, sample_count, worker_deaths_told
 from .hooks import Hooks
 from .lockstep import failures_told
 from .messages import add_hint
@@ -183,7 +183,7 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
         run.modes.apply(run.task.model)
         try:
             restore_random_state(run)
-            with failures_told(run.lockstep):
+            with failures_told(run.lockstep), worker_deaths_told():
                 yield
             if run.lockstep.any(bool(interrupted)):
                 hooks.call("on_exception", KeyboardInterrupt(), to_all=True)
