@@ -75,9 +75,9 @@ class Failures:
     def explanation(self) -> RankFailed:
         """Return an error that says why this rank cannot go on."""
         why = self.first() or (
-            "Another rank has ended without a word: it was killed, its machine is gone, or its "
-            "script was through. torchrun names a killed one at the end of its output. And all "
-            "ranks have to call fit, validate, check and save_checkpoint."
+            "Another rank has ended without a word. It was killed (torchrun then names it at the "
+            "end of its output), its machine is gone, or its script came to an end: all ranks have "
+            "to call fit, validate, check and save_checkpoint."
         )
         return RankFailed(f"{why}\nThis rank, {self.rank}, cannot go on without it and stops too.")
 

@@ -226,10 +226,13 @@ def test_the_death_of_a_worker_is_told_although_its_socket_closed_first(lost):
     def tell(number, frame):
         raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
 
-    with signal_handled(signal.SIGALRM, tell):
-        with pytest.raises(RuntimeError, match="killed"), worker_deaths_told():
+    def read():
+        with worker_deaths_told():
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             raise lost
+
+    with signal_handled(signal.SIGALRM, tell), pytest.raises(RuntimeError, match="killed"):
+        read()
 
 
 def test_a_lost_connection_without_a_dead_worker_stays_as_it_is(monkeypatch):

@@ -210,6 +210,7 @@ class Evaluator:
         self.directions: dict[str, str] = {}  # score -> "max" or "min"
 
     @torch.no_grad()
+    @worker_deaths_told()
     def score(
         self,
         loader: Iterable[Any],
@@ -220,38 +221,32 @@ class Evaluator:
 
         A rank's loader may give None while others have batches; see `stand_in` in *lockstep*.
         """
-        total, model = ScoringPass(self.task, self.metrics), self.task.model
-        with (
-            modes_restored(model),
-            random_state_kept(),
-            self.task.exchange.none(),
-            worker_deaths_told(),
-        ):
-            model.eval()
+        task, total = self.task, ScoringPass(self.task, self.metrics)
+        with modes_restored(task.model), random_state_kept(), task.exchange.none():
+            task.model.eval()
             for number, raw in enumerate(open_iterator(loader)):
                 if should_stop():
                     return None
                 if (other := stand_in(raw)) is not None:
-                    self.task.forward(self.task.prepare(other, number))
+                    task.forward(task.prepare(other, number))
                 if raw is not None:
                     with batch_named(number, raw):
-                        total.add(self.task.prepare(raw, number))
+                        total.add(task.prepare(raw, number))
         batches, used = self.ranks.sum([total.batches, len(total.losses)])
         if not batches:
             raise ValueError(f"The validation loader gave no batch. {EMPTY_HINT}")
-        warn_of_validation(total.losses, used, self.task.ignore_index)
+        warn_of_validation(total.losses, used, task.ignore_index)
         return self.name_scores("val_", total.means, merge_metrics(self.ranks, total.metrics))
 
     def name_scores(
         self, prefix: str, means: Mapping[str, WeightedMean], metrics: MetricSet | None = None
     ) -> dict[str, float]:
         """Return scores under the history's names, and note which way each is better."""
-        merged = mean_over_ranks(self.ranks, means)
-        scores = {f"{prefix}{name}": value for name, value in merged.items()}
+        scores = {prefix + name: mean for name, mean in mean_over_ranks(self.ranks, means).items()}
         self.directions[f"{prefix}loss"] = "min"  # a named part may be better either way
         if metrics is not None:
-            computed = {f"{prefix}{name}": value for name, value in metrics.compute().items()}
+            computed = {prefix + name: value for name, value in metrics.compute().items()}
             check_names(scores, computed)
             scores |= computed
-            self.directions |= {f"{prefix}{name}": way for name, way in metrics.directions.items()}
+            self.directions |= {prefix + name: way for name, way in metrics.directions.items()}
         return scores
