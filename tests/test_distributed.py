@@ -1,8 +1,6 @@
-"""Ranks agree on numbers, exchange gradients once and share buffers."""
+"""Ranks exchange gradients once, share buffers and notice when their models differ."""
 
 import math
-import time
-import warnings
 
 import pytest
 import torch
@@ -11,19 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from processes import on_ranks
-from ununennium import distributed
-from ununennium.distributed import (
-    Exchange,
-    Failures,
-    RankFailed,
-    Ranks,
-    differing,
-    find_ranks,
-    is_lost_connection,
-    mean_over_ranks,
-    share_buffers,
-)
+from ununennium.distributed import Exchange, differing, mean_over_ranks, share_buffers
 from ununennium.metrics import WeightedMean
+from ununennium.ranks import Ranks, find_ranks
 
 
 def test_one_process_exchanges_nothing(monkeypatch):
@@ -35,27 +23,6 @@ def test_one_process_exchanges_nothing(monkeypatch):
     assert ranks.from_main(None) is None and share_buffers(ranks, model) is None
     with Exchange(model).gradients(False), Exchange(model).none():
         pass
-
-
-def talk():
-    ranks = find_ranks()
-    assert find_ranks().group is ranks.group  # one group, however many trainers there are
-    found = (
-        ranks.sum([1.0, ranks.rank, 2.0**60]),
-        ranks.gather(ranks.rank),
-        ranks.from_main(ranks.rank),
-    )
-    return ranks.rank, ranks.size, ranks.is_main, *found
-
-
-def test_numbers_and_objects_reach_all():
-    results = on_ranks(3, talk)
-    assert [result[:3] for result in results] == [(0, 3, True), (1, 3, False), (2, 3, False)]
-    assert all(result[3:] == ([3.0, 3.0, 3 * 2.0**60], [0, 1, 2], 0) for result in results)
-
-
-def test_a_group_of_one_is_no_group():
-    assert on_ranks(1, find_ranks) == [Ranks()]
 
 
 class Counted:
@@ -161,73 +128,3 @@ def test_means_are_those_of_all_values():
     for result in results:
         assert result["loss"] == result["part"] == wanted and math.isnan(result["empty"])
         assert list(result) == ["loss", "empty", "part"]
-
-
-def test_the_first_failure_is_explained():
-    store = dist.HashStore()
-    one, two, alone = Failures(store, 1), Failures(store, 2), Failures(None, 0)
-    assert one.first() == "" and "ended without a word" in str(two.explanation())
-    one.report(ValueError("bad.\nmore"))
-    two.report(OSError("later"))
-    assert one.first() == two.first() == "Rank 1 failed: ValueError: bad."
-    assert "This rank, 2, cannot go on" in str(two.explanation())
-    two.begin()
-    assert two.first() == ""
-    two.report(KeyboardInterrupt())
-    assert two.first() == "Rank 2 failed: KeyboardInterrupt."
-    alone.report(OSError())
-    assert alone.first() == ""
-
-
-@pytest.mark.parametrize(
-    ("error", "is_lost"),
-    [
-        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
-        (dist.DistBackendError("NCCL error"), True),
-        (dist.DistNetworkError("the socket has timed out"), True),
-        (RuntimeError("shapes differ"), False),
-        (OSError("gloo"), False),
-        (RankFailed("gloo"), False),
-    ],
-)
-def test_lost_connections(error, is_lost):
-    assert is_lost_connection(error) == is_lost
-
-
-def wait_in_vain():
-    ranks = find_ranks()
-    if ranks.rank == 1:
-        ranks.failures.report(OSError("the archive is gone"))
-        time.sleep(4)  # its process lives on
-        return None
-    found = []
-    for exchange in (lambda: ranks.gather(1), lambda: ranks.sum([1])):
-        try:
-            exchange()
-        except RankFailed as error:
-            found.append(str(error))
-    return found
-
-
-def test_nobody_waits_for_a_rank_that_has_failed():
-    found = on_ranks(2, wait_in_vain)[0]
-    assert len(found) == 2 and all("Rank 1 failed: OSError: the archive" in text for text in found)
-
-
-def wait_long():
-    """Rank 1 comes late."""
-    distributed.PATIENCE = 1
-    ranks = find_ranks()
-    if ranks.rank == 1:
-        time.sleep(2.5)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        ranks.sum([1.0])
-    distributed.PATIENCE = 60
-    return [str(warning.message) for warning in caught]
-
-
-def test_a_rank_that_waits_long_says_so_once():
-    first, second = on_ranks(2, wait_long)
-    assert len(first) == 1 and "Rank 0 has waited for the other ranks for 1 seconds" in first[0]
-    assert not second

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 
-from ununennium.sampling import OwnSamples, begin_after, own_share, samples_done
+from ununennium.sampling import OwnSamples, announce_epoch, begin_after, own_share, samples_done
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.booleans(), st.booleans())
@@ -75,3 +75,20 @@ def test_other_ranks_finish_an_epoch(count, sizes, drop_last):
         assert len(set(seen)) == len(seen) and new[0].sampler.end <= count
         assert len(seen) == (new[0].sampler.end if drop_last else count)
     assert samples_done(old[0], 1, is_over=True) == count
+
+
+def test_samplers_hear_the_number_of_the_epoch():
+    heard = []
+
+    class Part:
+        def __init__(self, name):
+            self.name = name
+
+        def set_epoch(self, number):
+            heard.append((self.name, number))
+
+    loader = Part("loader")
+    loader.sampler, loader.batch_sampler = Part("sampler"), object()
+    announce_epoch(loader, 4)
+    announce_epoch([], 5)
+    assert heard == [("loader", 4), ("sampler", 4)]

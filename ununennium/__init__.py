@@ -11,7 +11,7 @@ __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'ConfusionMatrix
 __version__ = "0.3.0"
 
 from .losses import MaskedLoss, class_weights, count_classes
-from .distributed import RankFailed
+from .ranks import RankFailed
 from .metrics import ConfusionMatrix
 from ununennium.training import (
     Callback,

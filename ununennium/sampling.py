@@ -75,6 +75,14 @@ def own_share(loader: Any, size: int) -> Any:
     return own
 
 # %% ../nbs/25_sampling.ipynb #sampling-012
+def announce_epoch(loader: Any, number: int) -> None:
+    """Call `set_epoch` on a loader, its sampler and its batch sampler, where they have it."""
+    samplers = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
+    for part in (loader, *samplers):
+        if set_epoch := getattr(part, "set_epoch", None):
+            set_epoch(number)
+
+# %% ../nbs/25_sampling.ipynb #sampling-015
 def group_batch_size(loader: Any) -> int | None:
     """Return how many samples the ranks read in one batch of each; None without `OwnSamples`."""
     sampler = getattr(loader, "sampler", None)

@@ -316,7 +316,7 @@ def test_the_reason_of_a_stop_is_one_line():
     trainer = make_trainer(DataLoader(Broken(), 4, num_workers=1))
     with pytest.raises(OSError, match="Original Traceback"):
         trainer.fit(1)
-    assert trainer.stop_reason == "OSError: Caught OSError in DataLoader worker process 0."
+    assert trainer.stop_reason == "OSError: the archive is gone (in DataLoader worker process 0)"
 
 
 # After an error the trainer can continue.

@@ -213,7 +213,7 @@ def test_a_rank_that_fails_ends_all_with_its_reason(where):
     assert second == ("ValueError", text, f"ValueError: {text}")
     name, message, reason = first
     assert name == "RankFailed" and message.startswith(f"Rank 1 failed: ValueError: {text}.\n")
-    assert "This rank, 0, cannot go on" in message
+    assert "Rank 0 cannot continue without it" in message
     assert reason == f"RankFailed: Rank 1 failed: ValueError: {text}."
 
 

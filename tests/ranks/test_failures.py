@@ -8,7 +8,7 @@ import pytest
 from ranks.launch import run
 from ununennium.training.checkpoint import load_file
 
-OTHERS = "This rank, 0, cannot go on without it and stops too."
+OTHERS = "Rank 0 cannot continue without it, and stops too."
 # What each event leaves: the exit code, and what ranks 0 and 1 say.
 EVENTS = {
     "stop": (0, "enough (rank 1)", "enough (rank 1)"),
@@ -17,7 +17,7 @@ EVENTS = {
     "callback": (1, "Rank 1 failed: ValueError: a bad callback.", "ValueError: a bad callback"),
     "worker": (1, "Rank 1 failed: OSError: Caught OSError in Data", "OSError: the archive is gone"),
     "loss": (1, "Rank 1 failed: ValueError: a bad loss.", "ValueError: a bad loss"),
-    "kill": (1, "Another rank has ended without a word", ""),
+    "kill": (1, "Another rank has ended and left no message", ""),
 }
 PHASES = ("training", "validation", "checkpointing")
 # All 21 with ALL_FAILURES=1, as `make failures` does; one phase of each event otherwise.

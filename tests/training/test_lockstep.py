@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from processes import on_ranks
 from ununennium import Callback, CheckpointCallback, ConfusionMatrix, Trainer, TrainerConfig
-from ununennium.distributed import Ranks, find_ranks
+from ununennium.ranks import Ranks, find_ranks
 from ununennium.training.batches import MicroBatch
 from ununennium.training.lockstep import (
     Lockstep,

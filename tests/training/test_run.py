@@ -10,7 +10,6 @@ from ununennium.training.hooks import RunParts, RunStatus
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.run import (
     RunFacts,
-    announce_epoch,
     build_run,
     close_epoch,
     count_step,
@@ -57,23 +56,6 @@ def test_a_loader_is_read_by_one_reader_until_it_is_replaced():
     assert run.loader("train") is reader and run.loader("val") is not reader
     run.train_loader = make_batches(2)
     assert run.loader("train") is not reader and run.loader("train").loader is run.train_loader
-
-
-def test_samplers_hear_the_number_of_the_epoch():
-    heard = []
-
-    class Part:
-        def __init__(self, name):
-            self.name = name
-
-        def set_epoch(self, number):
-            heard.append((self.name, number))
-
-    loader = Part("loader")
-    loader.sampler, loader.batch_sampler = Part("sampler"), object()
-    announce_epoch(loader, 4)
-    announce_epoch([], 5)
-    assert heard == [("loader", 4), ("sampler", 4)]
 
 
 def test_an_epoch_is_entered_once_and_resumed_where_it_was():

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ununennium import CheckpointError
-from ununennium.distributed import Ranks
+from ununennium.ranks import Ranks
 from ununennium.training.checkpoint import save_file
 from ununennium.training.shards import Shards, by_number, read_shards, remove_unnamed, tensors_of
 

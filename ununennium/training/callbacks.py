@@ -36,6 +36,8 @@ class EarlyStopping(Callback):
         `"min"`, `"max"`, or `"auto"`: the metric decides, else a list of well-known names.
     """
 
+    needs_all_ranks = True
+
     def __init__(
         self,
         monitor: str = "val_loss",
@@ -135,6 +137,8 @@ class CheckpointCallback(Callback):
     save_on_exception
         Also write `last.pt` when an exception ends the run.
     """
+
+    needs_all_ranks = True
 
     def __init__(
         self,

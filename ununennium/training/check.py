@@ -19,6 +19,7 @@ from ..distributed import is_part
 from .batches import MicroBatch, num_batches, open_iterator, prediction
 from .batches import quote_names, sample_names
 from .finite import bad_rows
+from .lockstep import failures_told, shared_call
 from .loop import Loop
 from .messages import add_hint, format_bytes
 from .modes import modes_restored
@@ -381,6 +382,7 @@ def problems_of_all(found: list[list[str]]) -> list[str]:
     return [f"Rank {rank}: {problem}" if rank else problem for problem, rank in ranks.items()]
 
 # %% ../../nbs/training/78_check.ipynb #check-069
+@shared_call("check")
 def check(run: Run, loop_class: type[Loop] = Loop) -> Problems:
     """Inspect one batch of each loader, print the report, and change nothing.
 
@@ -390,7 +392,8 @@ def check(run: Run, loop_class: type[Loop] = Loop) -> Problems:
         What training would raise on the first batch, with a hint where there is one.
     """
     try:
-        report, problems = inspect_run(run, loop_class)
+        with failures_told(run.lockstep):
+            report, problems = inspect_run(run, loop_class)
     except Exception as error:
         size = getattr(run.train_loader, "batch_size", None) or 1
         add_hint(error, hint_for(error, size, run.config.accumulation_steps))

@@ -80,7 +80,7 @@ class TrainerConfig:
         Number of consecutive skipped steps after which training ends with an error. A step is
         skipped if its gradient is not finite.
     seed
-        Seeds PyTorch, NumPy and `random` when training starts; None leaves them alone.
+        Seeds PyTorch, NumPy and `random` at the start, rank r with `seed + r`; None does not.
     progress
         `"dashboard"`, `"bar"`, `"text"` (one line per epoch), `"none"`, or `"auto"`: the dashboard
         in a notebook, a bar in a terminal, text elsewhere.

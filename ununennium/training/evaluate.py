@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import Ranks, mean_over_ranks
+from ..distributed import mean_over_ranks
+from ..ranks import Ranks, agreed
 from ..metrics import ConfusionMatrix, MetricSet, WeightedMean
 from ..metrics import check_mergeable, syncs_itself
 from .batches import MicroBatch, open_iterator, prediction
@@ -234,7 +235,7 @@ class Evaluator:
                         total.add(task.prepare(raw, number))
         batches, used = self.ranks.sum([total.batches, len(total.losses)])
         if not batches:
-            raise ValueError(f"The validation loader gave no batch. {EMPTY_HINT}")
+            raise agreed(ValueError(f"The validation loader gave no batch. {EMPTY_HINT}"))
         warn_of_validation(total.losses, used, task.ignore_index)
         return self.name_scores("val_", total.means, merge_metrics(self.ranks, total.metrics))
 

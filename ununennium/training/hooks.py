@@ -177,6 +177,7 @@ class Callback:
     """Base class with all hooks, each doing nothing. Any object with some of them will do."""
 
     is_display = False  # a display that fails is switched off, and training continues
+    needs_all_ranks = False  # whether it calls what all ranks have to call, such as save_checkpoint
 
     def on_train_start(self, trainer: RunView) -> None:
         """Run once at the start of a `fit`."""

@@ -6,17 +6,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Exchange, RankFailed, Ranks, is_lost_connection
+from ..distributed import Exchange
+from ..ranks import RankFailed, Ranks, is_lost_connection
 from .batches import MicroBatch, map_tensors, open_iterator
+from .messages import warn
 from .state import Progress
+
+_T = TypeVar("_T")
 
 # %% auto #0
 __all__ = []
@@ -118,8 +124,8 @@ class Notes:
         """Send a note to the other ranks, with the requests made on this one."""
         progress, clock = self.progress, time.monotonic() if self.ranks.is_main else 0.0
         requests = {"stop": progress.should_stop, "pause": progress.pause_requested}
-        arrival = self.ranks.begin(astuple(replace(note, clock=clock, **requests)))
-        self.coming = lambda: Note(*arrival())
+        arrival = self.ranks.send(astuple(replace(note, clock=clock, **requests)), "note")
+        self.coming = functools.cache(lambda: Note(*map(sum, zip(*arrival(), strict=True))))
 
     def read(self) -> None:
         """Read the sum that is on its way; agree on a reason to stop. All ranks have to call it."""
@@ -165,7 +171,7 @@ class Lockstep:
         self.notes, self.mine = Notes(self.ranks, progress or Progress()), Note()
         self.seen: Any = None  # the last batch of the validation loader, if the model is sharded
         self.is_ahead = False  # the note is about a window that was not taken yet
-        self.is_broken = False  # a rank has failed, and the others cannot be reached
+        self.compares_data = False  # whether the ranks' first batches are to be compared
 
     def send(self, epoch: Windows | None = None) -> None:
         """Send a note, after a step also about the next window of its epoch."""
@@ -187,13 +193,24 @@ class Lockstep:
         self.notes.read()
         return self.notes.is_stopping
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether a rank has failed, so that nothing can be agreed on any more."""
+        return self.ranks.failures.is_broken
+
     def any(self, flag: bool) -> bool:
         """Return whether any rank passed True; this rank's flag if the others are out of reach."""
         return flag if self.is_broken else self.ranks.any(flag)
 
     def begin(self) -> None:
         """Begin a `fit`, when all ranks have come."""
-        self.is_ahead = self.is_broken = False
+        if self.is_broken:
+            raise RuntimeError(
+                "A rank has failed before, so the ranks are out of step and cannot train together "
+                "any more. Start all processes again, and call trainer.resume(...) in the script; "
+                "torchrun --max-restarts=3 does it by itself."
+            )
+        self.is_ahead = False
         self.notes.coming = Note
         self.ranks.failures.begin(self.ranks.max)
         self.should_stop()
@@ -208,14 +225,30 @@ def failures_told(lockstep: Lockstep) -> Iterator[None]:
     except BaseException as error:
         if lockstep.ranks.size == 1:
             raise
-        lockstep.is_broken = not getattr(error, "is_agreed", False)
+        failures.is_broken = not getattr(error, "is_agreed", False)
         if is_lost_connection(error):
-            raise failures.explanation() from error
+            raise failures.explanation() from failures.cause(error)
         if not isinstance(error, RankFailed):
             failures.report(error)
         raise
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-029
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-028
+def shared_call(name: str) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
+    """Return a decorator for a function of a run that all ranks have to call, by this name."""
+
+    def decorate(function: Callable[..., _T]) -> Callable[..., _T]:
+        @functools.wraps(function)
+        def call(run: Any, *args: Any, **kwargs: Any) -> _T:
+            with run.lockstep.ranks.within(name):
+                if not run.lockstep.is_broken:
+                    run.lockstep.ranks.meet()
+                return function(run, *args, **kwargs)
+
+        return call
+
+    return decorate
+
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-031
 def borrow(ranks: Ranks, own: Any) -> Any:
     """Return this rank's batch, or that of the lowest rank that has one."""
     found = ranks.gather(own)
@@ -243,7 +276,34 @@ def complete(lockstep: Lockstep, epoch: Windows, note: Note) -> list[MicroBatch]
     missing = passes_of(lockstep, len(used)) - len(used)
     return [*window, *(replace(idle) for _ in range(missing))]
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-030
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-033
+def fingerprint(value: Any) -> int:
+    """Return a number that tells the tensors of one batch from those of another."""
+    total = 0
+
+    def add(tensor: Tensor) -> None:
+        nonlocal total
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total = zlib.crc32(content.numpy().tobytes(), total)
+
+    map_tensors(add, value)
+    return total
+
+
+def compare_data(ranks: Ranks, window: list[MicroBatch]) -> None:
+    """Warn if two ranks begin with the same batch."""
+    found = ranks.gather(fingerprint(window[0].inputs) if window else None)
+    same = [rank for rank, mark in enumerate(found) if mark is not None and found.count(mark) > 1]
+    if same:
+        warn(
+            f"Ranks {', '.join(map(str, same))} begin with the same batch of train_loader, so they "
+            "seem to read the same samples. Give each rank its own: for a data set, "
+            "DistributedSampler(dataset); for a list, batches[rank::size]; an IterableDataset has "
+            "to leave out what other ranks read; a WeightedRandomSampler needs a generator with "
+            "another seed on each rank."
+        )
+
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-035
 def next_window(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
     """Return the next window to train on; an empty list once all ranks have read theirs."""
     if lockstep.ranks.size == 1:
@@ -252,13 +312,16 @@ def next_window(lockstep: Lockstep, epoch: Windows) -> list[MicroBatch]:
         lockstep.at_safepoint(epoch)
     lockstep.is_ahead = False
     coming, window = lockstep.notes.coming, epoch.window
+    if lockstep.compares_data:
+        compare_data(lockstep.ranks, window)
+        lockstep.compares_data = False
     has_work = any(not batch.is_empty for batch in window)
     if epoch.example is None or lockstep.exchange.needs_equal_passes or not has_work:
         window = complete(lockstep, epoch, coming()) if coming().batches else []
     share_out(window, lambda: coming().weight / lockstep.ranks.size)
     return window
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-034
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-039
 def batches_and_none(lockstep: Lockstep, batches: Iterator[Any]) -> Iterator[Any]:
     """Yield batches, then None; a note has to be sent after each."""
     lockstep.seen, lockstep.is_ahead = None, False
@@ -276,7 +339,7 @@ def follow(lockstep: Lockstep, loader: Iterable[Any]) -> Iterable[Any]:
         return loader
     return batches_and_none(lockstep, open_iterator(loader))
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-036
+# %% ../../nbs/training/61_lockstep.ipynb #lockstep-041
 def stand_in(lockstep: Lockstep, raw: Any) -> Any:
     """Return what a rank without a batch computes on, to help the others; None if it need not."""
     if not (lockstep.exchange.is_sharded and lockstep.notes.coming().batches):

@@ -10,7 +10,7 @@ import operator
 import sys
 import warnings
 
-from ..distributed import rank_here
+from ..ranks import rank_here
 
 # %% auto #0
 __all__ = ['TrainingWarning']

@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
-from ..distributed import Exchange, Ranks, differing
+from ..distributed import Exchange, differing
+from ..ranks import Ranks, agreed, processes_started
 from .batches import num_batches
 from .config import TrainerConfig
 from .hooks import HOOKS, Callback, has_hook
@@ -156,12 +164,95 @@ def reads_all(loader: Any) -> int:
     return len(loader.sampler) if isinstance(loader.sampler, usual) else 0
 
 
-def check_ranks(
-    ranks: Ranks, exchange: Exchange, parameters: list[nn.Parameter], train_loader: Any
-) -> None:
-    """Warn if ranks do not share a model or some parameters, or if all read the same data."""
-    if ranks.size == 1:
+def share_of(loader: Any, size: int) -> tuple[int, int] | None:
+    """Return the rank and the seed of a `DistributedSampler` for `size` ranks; None for others."""
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.num_replicas != size:
+        return None
+    return sampler.rank, sampler.seed
+
+
+def loss_tensors(loss_fn: object) -> dict[str, list[float]]:
+    """Return the values that a loss has, such as class weights, by name."""
+    if not isinstance(loss_fn, nn.Module):
+        return {}
+    tensors = (*loss_fn.named_buffers(), *loss_fn.named_parameters())
+    return {name: tensor.detach().flatten().tolist() for name, tensor in tensors}
+
+# %% ../../nbs/training/47_parts.ipynb #parts-033
+def check_group() -> None:
+    """Warn if `torchrun` has started several processes and nothing connects them."""
+    if (started := processes_started()) > 1:
+        warn(
+            f"torchrun has started {started} processes, and this one has no process group, so it "
+            "trains alone, on all the data, and all write to the same files. Call "
+            'torch.distributed.init_process_group("nccl"), or "gloo" without GPUs, before you '
+            "build the model.",
+            of_rank=True,
+        )
+
+
+def check_shares(name: str, shares: list[tuple[int, int] | None]) -> None:
+    """Warn if the samplers of several ranks do not share the samples of a loader.
+
+    Parameters
+    ----------
+    name
+        The argument's name.
+    shares
+        What `share_of` returns on each rank.
+    """
+    if len(shares) == 1 or None in shares:
         return
+    ranks, seeds = zip(*(share for share in shares if share), strict=True)
+    if len(set(seeds)) > 1:
+        warn(
+            f"The DistributedSampler of {name} has another seed on each rank: {seeds[0]} on rank 0 "
+            f"and {seeds[1]} on rank 1. They shuffle differently, so some samples are read twice "
+            "and others never. Give all the same seed; set_epoch changes the order."
+        )
+    if len(set(ranks)) < len(ranks):
+        warn(
+            f"The DistributedSamplers of {name} are those of ranks "
+            f"{', '.join(map(str, ranks))}, so some samples are read several times and others "
+            "never. Leave out rank and num_replicas: the sampler finds them."
+        )
+
+
+def shown(values: list[float]) -> str:
+    """Return some numbers for a message, at most six."""
+    more = ", …" if len(values) > 6 else ""
+    return f"[{', '.join(f'{value:.4g}' for value in values[:6])}{more}]"
+
+
+def check_losses(tensors: list[dict[str, list[float]]]) -> None:
+    """Warn if the losses of several ranks have different class weights; see `loss_tensors`."""
+    for rank, other in enumerate(tensors):
+        for name in tensors[0].keys() & other.keys():
+            if tensors[0][name] != other[name]:
+                warn(
+                    f"loss_fn.{name} is {shown(tensors[0][name])} on rank 0 and "
+                    f"{shown(other[name])} on rank {rank}, so each rank minimises a loss of its "
+                    "own. Compute it on all ranks from the whole data set, "
+                    "count_classes(dataset, ...), and not from a loader, which gives each rank its "
+                    "share."
+                )
+                return
+
+# %% ../../nbs/training/47_parts.ipynb #parts-035
+def check_ranks(
+    ranks: Ranks,
+    exchange: Exchange,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: object,
+    train_loader: Any,
+    val_loader: Any,
+) -> bool:
+    """Warn if ranks do not train together; return whether all read the same training data."""
+    if ranks.size == 1:
+        check_group()
+        return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not exchange.is_shared:
         warn(
             f"{ranks.size} processes train, and the model is not wrapped, so each trains a model "
@@ -173,26 +264,53 @@ def check_ranks(
             "are outside of DistributedDataParallel, so they will differ between processes. Wrap "
             "the whole model."
         )
-    samples = set(ranks.gather(reads_all(train_loader)))
-    if len(samples) == 1 and 0 not in samples:
-        warn(
-            f"Each of {ranks.size} processes reads all {samples.pop()} samples of train_loader in "
-            "every epoch. To share them, pass sampler=DistributedSampler(dataset) to the "
-            "DataLoader, and no shuffle."
-        )
+    shares = [share_of(loader, ranks.size) for loader in (train_loader, val_loader)]
+    found = ranks.gather((reads_all(train_loader), *shares, loss_tensors(loss_fn)))
+    samples, train_shares, val_shares, losses = map(list, zip(*found, strict=True))
+    check_shares("train_loader", train_shares)
+    check_shares("val_loader", val_shares)
+    check_losses(losses)
+    if len(set(samples)) > 1 or not samples[0]:
+        return False
+    warn(
+        f"Each of {ranks.size} processes reads all {samples[0]} samples of train_loader in every "
+        "epoch. To share them, pass sampler=DistributedSampler(dataset) to the DataLoader, and no "
+        "shuffle."
+    )
+    return True
 
-# %% ../../nbs/training/47_parts.ipynb #parts-034
+# %% ../../nbs/training/47_parts.ipynb #parts-038
+def check_same_settings(settings: list[dict[str, object]]) -> None:
+    """Raise a `ValueError` if a setting differs between ranks.
+
+    Parameters
+    ----------
+    settings
+        For each rank, the settings by name.
+    """
+    for rank, other in enumerate(settings):
+        for name, value in settings[0].items():
+            if value != other[name]:
+                raise agreed(
+                    ValueError(
+                        f"{name} is {value!r} on rank 0 and {other[name]!r} on rank {rank}. It has "
+                        "to be the same on all ranks."
+                    )
+                )
+
+# %% ../../nbs/training/47_parts.ipynb #parts-041
 def check_same_model(ranks: Ranks, exchange: Exchange, model: nn.Module) -> None:
     """Warn if ranks that share a model have different parameters."""
     if ranks.size > 1 and exchange.ddps and (name := differing(ranks, unwrap(model))):
         warn(
             f"The ranks do not train the same model any more: {name} differs between them. "
             "DistributedDataParallel exchanges gradients only for parameters that required one "
-            "when it wrapped the model. Pass it find_unused_parameters=True, and freeze layers "
-            "afterwards. Change parameters in the same way on all ranks."
+            "when it wrapped the model. To freeze layers for a while, pass "
+            "find_unused_parameters=True to DistributedDataParallel, and freeze them after it has "
+            "wrapped the model. All ranks have to change parameters in the same way."
         )
 
-# %% ../../nbs/training/47_parts.ipynb #parts-037
+# %% ../../nbs/training/47_parts.ipynb #parts-044
 def check_parts(
     model: object,
     optimizer: object,

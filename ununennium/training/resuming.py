@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..distributed import Ranks, on_main
+from ..ranks import Ranks, on_main
 from .checkpoint import CheckpointError, finish_writing
 from .checkpoint import load_file, newest_first
+from .lockstep import shared_call
 from .messages import warn
 from .run import Run
 from .saving import take_over
@@ -52,7 +53,13 @@ def position_text(run: Run) -> str:
     where = f"batch {run.batch} of epoch {number + 1}" if run.batch else f"after epoch {number}"
     return f"{where}, step {run.global_step}"
 
-# %% ../../nbs/training/77_resuming.ipynb #resuming-010
+# %% ../../nbs/training/77_resuming.ipynb #resuming-009
+@shared_call("load_checkpoint")
+def load_run(run: Run, path: str | Path) -> None:
+    """Restore a run from a file; see `Trainer.load_checkpoint`."""
+    take_over(run, on_main(run.lockstep.ranks, lambda: load_complete(path)), path)
+
+# %% ../../nbs/training/77_resuming.ipynb #resuming-012
 def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
     """Return the newest intact checkpoint in a folder with its content; None if there is no file.
 
@@ -79,7 +86,7 @@ def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
         "Nothing was loaded; to start from scratch, use another folder."
     )
 
-# %% ../../nbs/training/77_resuming.ipynb #resuming-013
+# %% ../../nbs/training/77_resuming.ipynb #resuming-015
 def check_folder(ranks: Ranks, dirpath: str | Path) -> None:
     """Raise a `CheckpointError` if another rank has files in a folder where rank 0 has none."""
     there = ranks.gather(bool(newest_first(dirpath)))
@@ -89,7 +96,8 @@ def check_folder(ranks: Ranks, dirpath: str | Path) -> None:
             "that of rank 0, which reads them. Use a folder that all machines share, or copy it."
         )
 
-# %% ../../nbs/training/77_resuming.ipynb #resuming-015
+# %% ../../nbs/training/77_resuming.ipynb #resuming-017
+@shared_call("resume")
 def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Path | None:
     """Restore a run from the newest intact checkpoint in a folder; see `Trainer.resume`.
 

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed import find_ranks, share_buffers, whole_state
+from ..distributed import share_buffers, whole_state
 from ..metrics import MetricSet
-from ..sampling import begin_after, own_share
+from ..ranks import find_ranks
+from ..sampling import announce_epoch, begin_after, own_share
 from .batches import AccumulationWindows
 from .config import TrainerConfig
 from .epoch import OpenEpoch, check_end, totals
 from .evaluate import Evaluator
 from .hooks import is_display
 from .loader import ResumableLoader, owners_of
-from .lockstep import Lockstep, follow, stand_in
+from .lockstep import Lockstep, failures_told, follow
+from .lockstep import shared_call, stand_in
 from .messages import warn
 from .modes import TrainingModes
 from .parts import check_parts, check_ranks, check_same_model
@@ -122,9 +124,9 @@ def build_run(
     check_parts(model, optimizer, loss_fn, train_loader, val_loader, scheduler, callbacks, config)
     config = config or TrainerConfig()
     task, ranks, progress = Task(model, loss_fn, config, methods), find_ranks(), Progress()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    check_ranks(ranks, task.exchange, trained, train_loader)
+    is_known = check_ranks(ranks, task.exchange, optimizer, loss_fn, train_loader, val_loader)
     lockstep = Lockstep(ranks, progress, task.exchange)
+    lockstep.compares_data = not is_known
     if optimizer.state:
         optimizer.load_state_dict(whole_state(ranks, optimizer))  # moves it to the model's device
     return Run(
@@ -167,17 +169,10 @@ def restore_random_state(run: Run) -> None:
         set_random_state(run.random, *random_owners(run))
         run.random = None
     elif run.config.seed is not None and run.progress.epoch == run.global_step == run.batch == 0:
-        seed_all(run.config.seed)
+        seed = run.config.seed + run.lockstep.ranks.rank  # another dropout on each rank
+        seed_all(seed % 2**32)
 
 # %% ../../nbs/training/65_run.ipynb #run-022
-def announce_epoch(loader: Any, number: int) -> None:
-    """Call `set_epoch` on a loader, its sampler and its batch sampler, where they have it."""
-    samplers = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
-    for part in (loader, *samplers):
-        if set_epoch := getattr(part, "set_epoch", None):
-            set_epoch(number)
-
-# %% ../../nbs/training/65_run.ipynb #run-025
 def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     """Return the open epoch; begin or resume it first if necessary. `call` calls a hook."""
     if run.open is not None and run.open.windows is not None:
@@ -205,7 +200,7 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     run.open = epoch
     return epoch
 
-# %% ../../nbs/training/65_run.ipynb #run-030
+# %% ../../nbs/training/65_run.ipynb #run-027
 def count_step(run: Run, step: Step) -> None:
     """Count a step that was taken or skipped; a window without a valid pixel is no step."""
     if step.norm is None:
@@ -214,14 +209,14 @@ def count_step(run: Run, step: Step) -> None:
     run.schedule.after_step(step.stepped)
     run.skips.note(step, run.progress.global_step, run.progress.epoch)
 
-# %% ../../nbs/training/65_run.ipynb #run-033
+# %% ../../nbs/training/65_run.ipynb #run-030
 def make_stepper(run: Run) -> Stepper:
     """Return what turns a window of batches into one guarded optimizer step of this run."""
     task, clip = run.task, run.config.gradient_clip
     restores_idle = not task.exchange.has_sync_norm  # else they count the batches of all ranks
     return Stepper(task.model, run.optimizer, task.precision, clip, restores_idle=restores_idle)
 
-# %% ../../nbs/training/65_run.ipynb #run-036
+# %% ../../nbs/training/65_run.ipynb #run-033
 def hold_while_paused(run: Run, call: Callable[..., None]) -> None:
     """Wait until a requested pause has ended, or a stop is requested; `call` calls a hook."""
     while run.lockstep.notes.is_paused and not run.lockstep.notes.is_stopping:
@@ -229,15 +224,17 @@ def hold_while_paused(run: Run, call: Callable[..., None]) -> None:
         call("on_safepoint", "paused")
         run.lockstep.at_safepoint()
 
-# %% ../../nbs/training/65_run.ipynb #run-039
+# %% ../../nbs/training/65_run.ipynb #run-036
+@shared_call("validate")
 def score(
     run: Run, loader: Iterable[Any], should_stop: Callable[[], object] | None = None
 ) -> dict[str, float] | None:
     """Return the scores over a loader of each rank, or None if `should_stop()` was true."""
     batches, help_others = follow(run.lockstep, loader), functools.partial(stand_in, run.lockstep)
-    return run.evaluator.score(batches, should_stop or run.lockstep.send, help_others)
+    with failures_told(run.lockstep):
+        return run.evaluator.score(batches, should_stop or run.lockstep.send, help_others)
 
-# %% ../../nbs/training/65_run.ipynb #run-042
+# %% ../../nbs/training/65_run.ipynb #run-039
 def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
     """Close an epoch and return its learning rate and counts; warn about skipped steps."""
     uncounted, scaler = run.skips.uncounted(), run.task.precision.scaler
@@ -251,7 +248,7 @@ def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
         "train_empty_batches": float(totals(epoch)[1]),
     }
 
-# %% ../../nbs/training/65_run.ipynb #run-043
+# %% ../../nbs/training/65_run.ipynb #run-040
 def end_of_loader(run: Run, epoch: OpenEpoch) -> None:
     """Check an epoch whose loader has ended; discard it if there was no batch."""
     ranks, model = run.lockstep.ranks, run.task.model
@@ -261,7 +258,7 @@ def end_of_loader(run: Run, epoch: OpenEpoch) -> None:
         run.open = None  # a later fit begins it again
     check_end(epoch, run.progress.epoch)
 
-# %% ../../nbs/training/65_run.ipynb #run-046
+# %% ../../nbs/training/65_run.ipynb #run-043
 class RunFacts:
     """The facts of a run that callbacks and users may read, and the requests they may make.
 
@@ -399,7 +396,8 @@ class RunFacts:
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank. All ranks have to call it."""
-        return self.run.lockstep.any(flag)
+        with self.run.lockstep.ranks.within("any_rank"):
+            return self.run.lockstep.any(flag)
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to stop after the current step. The first reason is kept."""

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import Ranks, is_part, on_main, whole, whole_state
+from ..distributed import is_part, whole, whole_state
+from ..ranks import Ranks, on_main
 from .batches import map_tensors
 from .checkpoint import CheckpointError, RankMissing, copy_to_host
 from .checkpoint import finish_writing, in_background
 from .checkpoint import save_file, save_in_background
 from .epoch import epoch_state, inherit_epoch, load_epoch
+from .lockstep import shared_call
 from .messages import add_hint, warn
 from .restore import check_tensors, group_settings, load_model
 from .restore import load_optimizer, load_scheduler, model_state
@@ -205,8 +207,8 @@ def check_complete(run: Run) -> None:
     """Raise a `RankMissing` if a rank has failed."""
     if run.lockstep.is_broken:
         raise RankMissing(
-            "A rank has failed, and a checkpoint needs the states of all. Resume from the last "
-            "file that was written."
+            "A rank has failed, and a checkpoint needs the random states of all ranks. Resume from "
+            "the last file that was written."
         )
 
 
@@ -248,6 +250,7 @@ def begin_shards(run: Run, path: Path) -> tuple[dict[str, Any], Shards | None]:
 TENSOR_PARTS = ("model", "optimizer")
 
 # %% ../../nbs/training/75_saving.ipynb #saving-037
+@shared_call("save_checkpoint")
 def save_run(run: Run, path: str | Path) -> Path:
     """Write all that a run needs to continue; see `Trainer.save_checkpoint`."""
     finish_writing()  # it may be the same file
@@ -257,6 +260,7 @@ def save_run(run: Run, path: str | Path) -> Path:
     return on_main(run.lockstep.ranks, lambda: save_file(state, path))
 
 
+@shared_call("save_checkpoint")
 def save_run_in_background(
     run: Run,
     path: Path,

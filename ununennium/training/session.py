@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from ..ranks import summary
 from ..signals import signal_handled
 from .batches import num_batches, sample_count, worker_deaths_told
 from .hooks import Hooks
 from .lockstep import failures_told
 from .messages import add_hint
 from .modes import modes_restored
+from .parts import check_same_settings
 from .run import Run, note_random_state, restore_random_state
 from .step import Stepper
 
@@ -125,8 +127,8 @@ def abandon_window(run: Run, stepper: Stepper, error: BaseException) -> None:
             batch.clear()
     if run.open is not None:
         run.open.suspend(run.loader("train"))
-    is_interrupt, line = isinstance(error, KeyboardInterrupt), str(error).strip().partition("\n")[0]
-    run.progress.request_stop("interrupted" if is_interrupt else f"{type(error).__name__}: {line}")
+    is_interrupt = isinstance(error, KeyboardInterrupt)
+    run.progress.request_stop("interrupted" if is_interrupt else summary(error))
 
 # %% ../../nbs/training/67_session.ipynb #session-020
 def check_loaders(run: Run) -> None:
@@ -140,11 +142,27 @@ def check_loaders(run: Run) -> None:
             )
 
 # %% ../../nbs/training/67_session.ipynb #session-021
+def settings_of(run: Run) -> dict[str, object]:
+    """Return what has to be the same on all ranks, under the names that a message uses."""
+    own = ("device", "progress", "seed")
+    config = {name: value for name, value in vars(run.config).items() if name not in own}
+    needed = [c for c in run.callbacks if getattr(c, "needs_all_ranks", False)]
+    metrics = run.evaluator.metrics
+    return {
+        "The number of completed epochs": run.progress.epoch,
+        "The number of epochs at the end of fit": run.goal,
+        "The list of callbacks that need all ranks": [type(c).__name__ for c in needed],
+        "The list of metrics": None if metrics is None else list(metrics.metrics),
+        **config,
+    }
+
+
 def prepare(run: Run, stepper: Stepper) -> None:
-    """Check loaders and schedule for the epochs to come; forget old requests and gradients."""
+    """Check loaders, settings and schedule; forget old requests and gradients."""
     check_loaders(run)
     run.progress.clear_requests()
     run.lockstep.begin()
+    check_same_settings(run.lockstep.ranks.gather(settings_of(run)))
     stepper.clear()
     epochs = run.goal - run.progress.epoch
     run.schedule.check_length(epochs, num_batches(run.train_loader), run.batch)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..distributed import Ranks, file_group
+from ..ranks import Ranks, file_group
 from .batches import map_tensors
 from .checkpoint import CheckpointError, read_archive
 from .restore import unwrap

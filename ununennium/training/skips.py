@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import Ranks
+from ..ranks import Ranks
 from .batches import MicroBatch, quote_names, sample_names
 from .finite import CHECKED, HINTS, bad_rows, first_bad
 from .messages import warn

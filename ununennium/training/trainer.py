@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import on_main
 from .check import Problems, check
 from .config import TrainerConfig
 from .hooks import Display, Hooks
@@ -21,9 +20,9 @@ from .loop import Loop
 from .messages import warn, whole_number
 from .progress import default_display, find_dashboard
 from .restore import unwrap
-from .resuming import load_complete, resume
+from .resuming import load_run, resume
 from .run import RunFacts, build_run, listeners_of, score
-from .saving import save_run, save_run_in_background, take_over
+from .saving import save_run, save_run_in_background
 
 # %% auto #0
 __all__ = ['Trainer']
@@ -127,7 +126,8 @@ class Trainer(RunFacts):
         goal = find_goal(self.epoch, epochs, self.config.epochs)
         if goal > self.epoch:
             self.run.goal = goal
-            self.loop_class(self.run, self).fit()
+            with self.run.lockstep.ranks.within("fit"):
+                self.loop_class(self.run, self).fit()
         return self.history
 
     def validate(self, loader: Iterable[Any] | None = None) -> dict[str, float]:
@@ -195,8 +195,7 @@ class Trainer(RunFacts):
         CheckpointError
             If the file is damaged or does not fit. The trainer then stays as it was.
         """
-        saved = on_main(self.run.lockstep.ranks, lambda: load_complete(path))
-        take_over(self.run, saved, path)
+        load_run(self.run, path)
 
     def resume(self, dirpath: str | Path) -> Path | None:
         """Restore the run from the newest intact checkpoint in a folder, and return its path.
