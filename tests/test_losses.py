@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import Dataset
 
 from ununennium import MaskedLoss, class_weights, count_classes
 
@@ -80,3 +81,17 @@ def test_weights_say_what_they_cannot_do():
         class_weights(torch.tensor([1, 2]), "median")
     with pytest.raises(ValueError, match="All class counts are zero"):
         class_weights(torch.zeros(3))
+
+
+class Endless(Dataset):
+    """A data set as most are: it has a length, and no `IndexError`."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return torch.zeros(3), torch.tensor(index % 5 % 2)
+
+
+def test_classes_of_a_data_set_are_counted_once():
+    assert count_classes(Endless(), 2).tolist() == [3, 2]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 # %% auto #0
 __all__ = ['MaskedLoss', 'count_classes', 'class_weights']
@@ -72,14 +73,14 @@ def target_of(batch: dict[str, Any] | Sequence[Any]) -> Tensor:
 
 # %% ../nbs/15_losses.ipynb #losses-022
 def count_classes(
-    batches: Iterable[Any], num_classes: int, ignore_index: int | None = None
+    batches: Iterable[Any] | Dataset, num_classes: int, ignore_index: int | None = None
 ) -> Tensor:
     """Count the labels of each class.
 
     Parameters
     ----------
     batches
-        Batches or samples: `(inputs, target)`, or dictionaries with `mask` or `label`.
+        A loader or a data set of `(inputs, target)`, or of dictionaries with `mask` or `label`.
     num_classes
         Number of classes K.
     ignore_index
@@ -95,8 +96,10 @@ def count_classes(
     ValueError
         A label lies outside `0..K-1`.
     """
-    counts = torch.zeros(num_classes, dtype=torch.int64)
-    for batch in batches:
+    counts, items = torch.zeros(num_classes, dtype=torch.int64), batches
+    if not hasattr(items, "__iter__"):
+        items = map(batches.__getitem__, range(len(batches)))
+    for batch in items:
         labels = target_of(batch)
         if ignore_index is not None:
             labels = labels[labels != ignore_index]

@@ -43,7 +43,11 @@ def summary(error: BaseException) -> str:
 class RankFailed(RuntimeError):
     """Another rank has failed, so this one cannot continue."""
 
-# %% ../nbs/18_ranks.ipynb #ranks-011
+# %% ../nbs/18_ranks.ipynb #ranks-012
+class RankMissing(RankFailed):
+    """A rank has failed before, so nothing that needs all ranks can begin."""
+
+# %% ../nbs/18_ranks.ipynb #ranks-013
 _numbers = itertools.count(1)
 
 
@@ -82,6 +86,15 @@ class Failures:
                 return self.store.get(key).decode()
         return ""
 
+    def refuse(self) -> None:
+        """Raise a `RankMissing` if a rank has failed before."""
+        if self.is_broken:
+            raise RankMissing(
+                "A rank has failed, so the ranks can do nothing together any more. Start all "
+                "processes again, and resume from the last file: trainer.resume(folder). "
+                "torchrun --max-restarts=3 starts them by itself."
+            )
+
     def explanation(self) -> RankFailed:
         """Return an error that says why this rank cannot continue."""
         why = self.first() or LEFT_NO_MESSAGE
@@ -98,19 +111,19 @@ LEFT_NO_MESSAGE = (
     "to make the same calls."
 )
 
-# %% ../nbs/18_ranks.ipynb #ranks-013
+# %% ../nbs/18_ranks.ipynb #ranks-015
 def is_lost_connection(error: BaseException) -> bool:
     """Return whether an error says that another rank could not be reached."""
     is_known = isinstance(error, dist.DistError) or re.search(r"gloo|NCCL", str(error)) is not None
     return isinstance(error, RuntimeError) and is_known and not isinstance(error, RankFailed)
 
-# %% ../nbs/18_ranks.ipynb #ranks-016
+# %% ../nbs/18_ranks.ipynb #ranks-018
 def agreed(error: _E) -> _E:
     """Mark an error as one that all ranks raise in the same place, and return it."""
     error.is_agreed = True  # pyright: ignore[reportAttributeAccessIssue]
     return error
 
-# %% ../nbs/18_ranks.ipynb #ranks-019
+# %% ../nbs/18_ranks.ipynb #ranks-021
 CALLS = (
     "Trainer", "fit", "validate", "check", "save_checkpoint", "load_checkpoint", "resume",
     "any_rank",
@@ -139,7 +152,7 @@ def require_same_place(places: Sequence[tuple[int, int]]) -> None:
         "rank 0 writes and prints."
     )
 
-# %% ../nbs/18_ranks.ipynb #ranks-022
+# %% ../nbs/18_ranks.ipynb #ranks-024
 def packed(value: Any) -> torch.Tensor:
     """Return any object as bytes. Plain pickle cannot copy tensors that `torch.load` has read."""
     content = io.BytesIO()
@@ -152,7 +165,7 @@ def unpacked(content: torch.Tensor) -> Any:
     file = io.BytesIO(content.numpy().tobytes())
     return torch.load(file, map_location="cpu", weights_only=False)
 
-# %% ../nbs/18_ranks.ipynb #ranks-024
+# %% ../nbs/18_ranks.ipynb #ranks-026
 PATIENCE = 60  # seconds
 
 
@@ -168,7 +181,7 @@ def say_that_it_waits(rank: int, call: str) -> None:
         of_rank=True,
     )
 
-# %% ../nbs/18_ranks.ipynb #ranks-025
+# %% ../nbs/18_ranks.ipynb #ranks-027
 WIDTH = 8  # numbers in a message
 
 
@@ -234,7 +247,7 @@ class Channel:
                 if not is_early or self.failures.first():
                     raise self.failures.explanation() from self.failures.cause(error)
 
-# %% ../nbs/18_ranks.ipynb #ranks-027
+# %% ../nbs/18_ranks.ipynb #ranks-029
 class Ranks(Channel):
     """The processes of a run; with one process, all methods return what they are given."""
 
@@ -245,6 +258,7 @@ class Ranks(Channel):
 
     def meet(self) -> None:
         """Wait until all ranks are in the same call."""
+        self.failures.refuse()
         self.send([], "meet")()
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
@@ -281,7 +295,7 @@ class Ranks(Channel):
         self.wait(dist.broadcast(content, 0, self.group, async_op=True))
         return unpacked(content)
 
-# %% ../nbs/18_ranks.ipynb #ranks-030
+# %% ../nbs/18_ranks.ipynb #ranks-032
 def on_main(ranks: Ranks, function: Callable[[], _T]) -> _T:
     """Call a function on rank 0; return its result, or raise its error, on all ranks."""
     if ranks.size == 1:
@@ -296,7 +310,7 @@ def on_main(ranks: Ranks, function: Callable[[], _T]) -> _T:
         raise error
     return cast(_T, result)
 
-# %% ../nbs/18_ranks.ipynb #ranks-033
+# %% ../nbs/18_ranks.ipynb #ranks-035
 def rank_here() -> tuple[int, int]:
     """Return the rank of this process and the number of processes; `(0, 1)` without a group."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -311,7 +325,7 @@ def group_store() -> Any:
     except (AttributeError, RuntimeError, ValueError):
         return None
 
-# %% ../nbs/18_ranks.ipynb #ranks-035
+# %% ../nbs/18_ranks.ipynb #ranks-037
 def await_arrival(store: Any, rank: int, size: int) -> None:
     """Wait at a store until all ranks have come."""
     deadline = time.monotonic() + PATIENCE
@@ -334,7 +348,7 @@ def file_group(ranks: Ranks) -> dist.ProcessGroup | None:
     """Return a second group, for a thread that writes files meanwhile; None for one process."""
     return None if ranks.size == 1 else host_group(dist.group.WORLD, "files")
 
-# %% ../nbs/18_ranks.ipynb #ranks-037
+# %% ../nbs/18_ranks.ipynb #ranks-039
 @functools.lru_cache(maxsize=1)
 def ranks_of(world: object) -> Ranks:
     """Return the ranks of the default process group, the same object for all trainers."""
@@ -346,7 +360,9 @@ def ranks_of(world: object) -> Ranks:
 
 def find_ranks() -> Ranks:
     """Return the ranks of the default process group, or one rank if there is none."""
-    return Ranks() if rank_here()[1] == 1 else ranks_of(dist.group.WORLD)
+    ranks = Ranks() if rank_here()[1] == 1 else ranks_of(dist.group.WORLD)
+    ranks.failures.refuse()
+    return ranks
 
 
 def processes_started() -> int:

@@ -15,7 +15,11 @@ EVENTS = {
     "interrupt": (0, "interrupted (rank 0)", "interrupted (rank 0)"),
     "terminate": (1, ": asked to terminate", ""),
     "callback": (1, "Rank 1 failed: ValueError: a bad callback.", "ValueError: a bad callback"),
-    "worker": (1, "Rank 1 failed: OSError: Caught OSError in Data", "OSError: the archive is gone"),
+    "worker": (
+        1,
+        "Rank 1 failed: OSError: the archive is gone (in",
+        "OSError: the archive is gone",
+    ),
     "loss": (1, "Rank 1 failed: ValueError: a bad loss.", "ValueError: a bad loss"),
     "kill": (1, "Another rank has ended and left no message", ""),
 }
@@ -40,3 +44,11 @@ def test_all_ranks_end(event, phase, tmp_path):
     assert ended.files and all(name.endswith(".pt") for name in ended.files)
     for name in ended.files:
         load_file(tmp_path / "runs" / name)
+
+
+def test_a_checkpoint_of_one_rank_ends_all(tmp_path):
+    ended = run(tmp_path, "save", "training", 0)
+    assert (ended.code, ended.orphans) == (1, []) and ended.seconds < 30
+    for text in ended.texts:
+        assert "rank 0 in save_checkpoint and rank 1 in fit" in text
+    assert not (tmp_path / "mine.pt").exists()

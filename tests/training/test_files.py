@@ -7,8 +7,9 @@ import pytest
 
 from small import make_trainer
 from ununennium import CheckpointCallback, CheckpointError
+from ununennium.ranks import RankMissing
 from ununennium.training import files
-from ununennium.training.checkpoint import RankMissing, load_file
+from ununennium.training.checkpoint import load_file
 from ununennium.training.files import OwnFiles, PendingSave, add_ranked, free_path
 from ununennium.training.monitor import Monitor
 

@@ -28,16 +28,12 @@ __all__ = ['CheckpointError', 'save_file', 'load_file']
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, read or applied. The message says why and what to do."""
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-006
-class RankMissing(CheckpointError):
-    """A checkpoint could not be written because a rank has failed, and its state is lost."""
-
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-011
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-010
 def temporary_path(path: Path) -> Path:
     """Return the hidden name beside a file under which this process writes its replacement."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-014
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-013
 def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file and force it to the disk."""
     with open(path, "wb") as file:
@@ -55,7 +51,7 @@ def sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-017
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-016
 def link_or_copy(path: Path, name: Path) -> None:
     """Give a file a second name, replacing any file of that name; copy it if links do not work."""
     new = temporary_path(name)
@@ -66,7 +62,7 @@ def link_or_copy(path: Path, name: Path) -> None:
         shutil.copy2(path, new)
     os.replace(new, name)
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-020
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-019
 def write_atomically(
     path: str | os.PathLike, write: Callable[[BinaryIO], Any], before: Path | None = None
 ) -> Path:
@@ -104,14 +100,14 @@ def write_atomically(
             temporary.unlink()
     return path
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-026
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-025
 def remove_leftovers(folder: Path, seconds: float = 600.0) -> None:
     """Delete temporary files of killed processes, unless they changed in the last `seconds`."""
     for path in folder.glob(".*.pt.*.tmp"):
         if time.time() - path.stat().st_mtime > seconds:
             path.unlink(missing_ok=True)
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-029
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-028
 def plain(value: Any, name: str = "state") -> Any:
     """Return nested state as tensors and plain values.
 
@@ -144,7 +140,7 @@ def plain(value: Any, name: str = "state") -> Any:
         "state_dict."
     )
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-034
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-033
 def checksum(value: Any, start: int = 0) -> int:
     """Return the CRC-32 of plain nested state: its structure, its values, its tensors' bytes."""
     if isinstance(value, Tensor):
@@ -158,14 +154,14 @@ def checksum(value: Any, start: int = 0) -> int:
         return functools.reduce(lambda total, part: checksum(part, total), value, start)
     return zlib.crc32(f"{type(value).__name__} {value!r}".encode(), start)
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-038
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-037
 def save_file(state: dict[str, Any], path: str | os.PathLike, before: Path | None = None) -> Path:
     """Write a dictionary of tensors and plain values, with a checksum; see `write_atomically`."""
     content = plain(state)
     content["checksum"] = checksum(content)
     return write_atomically(path, lambda file: torch.save(content, file), before)
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-041
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-040
 def copy_file(source: Path, path: Path) -> Path:
     """Copy a file atomically, with its modification time."""
     with open(source, "rb") as original:
@@ -173,7 +169,7 @@ def copy_file(source: Path, path: Path) -> Path:
     shutil.copystat(source, path)
     return path
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-044
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-043
 def check_exists(path: Path) -> None:
     """Raise if there is no such file, and list the checkpoints in its folder."""
     if not path.is_file():
@@ -182,7 +178,7 @@ def check_exists(path: Path) -> None:
         hint = f" {folder} has {', '.join(there)}." if there else ""
         raise CheckpointError(f"There is no checkpoint file at {path}.{hint}")
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-047
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-046
 def read_archive(path: Path) -> Any:
     """Read what `torch.save` wrote into host memory, without unpickling code."""
     try:
@@ -198,7 +194,7 @@ def read_archive(path: Path) -> Any:
             f"{reason}). Nothing was loaded; use another file."
         ) from error
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-053
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-052
 def check_has_model(state: Any, path: Path) -> None:
     """Raise if a file's content is not a dictionary with a model's state."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
@@ -208,7 +204,7 @@ def check_has_model(state: Any, path: Path) -> None:
             f"found {found}. Nothing was loaded."
         )
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-056
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-055
 def check_checksum(state: dict[str, Any], path: Path) -> None:
     """Raise if a file has a checksum that does not match its content."""
     actual = checksum({name: part for name, part in state.items() if name != "checksum"})
@@ -219,7 +215,7 @@ def check_checksum(state: dict[str, Any], path: Path) -> None:
             "use another file."
         )
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-060
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-059
 def load_file(path: str | os.PathLike | None) -> dict[str, Any]:
     """Read a checkpoint into host memory, without unpickling code.
 
@@ -245,7 +241,7 @@ def load_file(path: str | os.PathLike | None) -> dict[str, Any]:
     check_checksum(state, path)
     return state
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-063
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-062
 def newest_first(folder: str | os.PathLike) -> list[Path]:
     """Return a folder's checkpoints, newest first; those that were moved aside come last."""
     usual = {"last.pt": 2, "previous.pt": 1}
@@ -256,7 +252,7 @@ def newest_first(folder: str | os.PathLike) -> list[Path]:
 
     return sorted(filter(Path.is_file, Path(folder).glob("*.pt")), key=key, reverse=True)
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-066
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-065
 def copy_to_host(value: Any) -> Any:
     """Return a copy of nested state with its tensors in host memory."""
     if isinstance(value, Tensor):
@@ -265,7 +261,7 @@ def copy_to_host(value: Any) -> Any:
         return {key: copy_to_host(item) for key, item in value.items()}
     return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-069
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-068
 _writer = ThreadPoolExecutor(1, "checkpoint")  # starts its thread on first use
 _writing: list[Future] = []
 
@@ -281,7 +277,7 @@ def in_background(task: Callable[[], Path]) -> Future[Path]:
     _writing.append(_writer.submit(task))
     return _writing[-1]
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-070
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-069
 def save_in_background(
     state: dict[str, Any],
     path: str | os.PathLike,

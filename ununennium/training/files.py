@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointError, RankMissing, copy_file
-from .checkpoint import remove_leftovers
+from ..ranks import RankMissing
+from .checkpoint import CheckpointError, copy_file, remove_leftovers
 from .hooks import RunView, is_fresh, position_of
 from .messages import warn
 from .monitor import Monitor
@@ -191,7 +191,7 @@ class CheckpointFiles:
             self.own = own  # now, since it is part of the state that is saved
             steps = {"first": pending.begin, "then": pending.finish}
             self.saving = trainer.save_in_background(last, before=previous, **steps), pending
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, OSError, RankMissing) as error:
             self.give_up(pending, error)
 
     def wait(self, *, is_final: bool = False) -> None:

@@ -204,12 +204,7 @@ class Lockstep:
 
     def begin(self) -> None:
         """Begin a `fit`, when all ranks have come."""
-        if self.is_broken:
-            raise RuntimeError(
-                "A rank has failed before, so the ranks are out of step and cannot train together "
-                "any more. Start all processes again, and call trainer.resume(...) in the script; "
-                "torchrun --max-restarts=3 does it by itself."
-            )
+        self.ranks.failures.refuse()
         self.is_ahead = False
         self.notes.coming = Note
         self.ranks.failures.begin(self.ranks.max)
@@ -240,8 +235,7 @@ def shared_call(name: str) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
         @functools.wraps(function)
         def call(run: Any, *args: Any, **kwargs: Any) -> _T:
             with run.lockstep.ranks.within(name):
-                if not run.lockstep.is_broken:
-                    run.lockstep.ranks.meet()
+                run.lockstep.ranks.meet()
                 return function(run, *args, **kwargs)
 
         return call

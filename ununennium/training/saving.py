@@ -18,7 +18,7 @@ from torch import Tensor
 from ..distributed import is_part, whole, whole_state
 from ..ranks import Ranks, on_main
 from .batches import map_tensors
-from .checkpoint import CheckpointError, RankMissing, copy_to_host
+from .checkpoint import CheckpointError, copy_to_host
 from .checkpoint import finish_writing, in_background
 from .checkpoint import save_file, save_in_background
 from .epoch import epoch_state, inherit_epoch, load_epoch
@@ -203,15 +203,6 @@ def collected(state: Any, ranks: Ranks) -> Any:
 RANK_PARTS = ("skips", "open", "workers", "random")
 
 
-def check_complete(run: Run) -> None:
-    """Raise a `RankMissing` if a rank has failed."""
-    if run.lockstep.is_broken:
-        raise RankMissing(
-            "A rank has failed, and a checkpoint needs the random states of all ranks. Resume from "
-            "the last file that was written."
-        )
-
-
 def with_others(run: Run, state: dict[str, Any]) -> dict[str, Any]:
     """Return a rank's state with what only the other ranks know. All ranks have to call it."""
     ranks = run.lockstep.ranks
@@ -225,7 +216,6 @@ def run_state(run: Run) -> dict[str, Any]:
 
     All ranks have to call it.
     """
-    check_complete(run)
     ranks = run.lockstep.ranks
     state = own_state(run)
     return with_others(run, state if ranks.size == 1 else collected(state, ranks))
@@ -233,7 +223,6 @@ def run_state(run: Run) -> dict[str, Any]:
 # %% ../../nbs/training/75_saving.ipynb #saving-034
 def begin_shards(run: Run, path: Path) -> tuple[dict[str, Any], Shards | None]:
     """Return the state for a file, and the shards that belong to it if the run writes any."""
-    check_complete(run)
     ranks = run.lockstep.ranks
     if ranks.size == 1 or not run.config.sharded_checkpoints:
         return run_state(run), None
