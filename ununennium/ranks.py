@@ -47,7 +47,7 @@ class RankFailed(RuntimeError):
 class RankMissing(RankFailed):
     """A rank has failed before, so nothing that needs all ranks can begin."""
 
-# %% ../nbs/18_ranks.ipynb #ranks-013
+
 _numbers = itertools.count(1)
 
 
@@ -111,19 +111,19 @@ LEFT_NO_MESSAGE = (
     "to make the same calls."
 )
 
-# %% ../nbs/18_ranks.ipynb #ranks-015
+# %% ../nbs/18_ranks.ipynb #ranks-014
 def is_lost_connection(error: BaseException) -> bool:
     """Return whether an error says that another rank could not be reached."""
     is_known = isinstance(error, dist.DistError) or re.search(r"gloo|NCCL", str(error)) is not None
     return isinstance(error, RuntimeError) and is_known and not isinstance(error, RankFailed)
 
-# %% ../nbs/18_ranks.ipynb #ranks-018
+# %% ../nbs/18_ranks.ipynb #ranks-017
 def agreed(error: _E) -> _E:
     """Mark an error as one that all ranks raise in the same place, and return it."""
     error.is_agreed = True  # pyright: ignore[reportAttributeAccessIssue]
     return error
 
-# %% ../nbs/18_ranks.ipynb #ranks-021
+# %% ../nbs/18_ranks.ipynb #ranks-020
 CALLS = (
     "Trainer", "fit", "validate", "check", "save_checkpoint", "load_checkpoint", "resume",
     "any_rank",
@@ -152,7 +152,7 @@ def require_same_place(places: Sequence[tuple[int, int]]) -> None:
         "rank 0 writes and prints."
     )
 
-# %% ../nbs/18_ranks.ipynb #ranks-024
+# %% ../nbs/18_ranks.ipynb #ranks-023
 def packed(value: Any) -> torch.Tensor:
     """Return any object as bytes. Plain pickle cannot copy tensors that `torch.load` has read."""
     content = io.BytesIO()
@@ -165,7 +165,7 @@ def unpacked(content: torch.Tensor) -> Any:
     file = io.BytesIO(content.numpy().tobytes())
     return torch.load(file, map_location="cpu", weights_only=False)
 
-# %% ../nbs/18_ranks.ipynb #ranks-026
+# %% ../nbs/18_ranks.ipynb #ranks-025
 PATIENCE = 60  # seconds
 
 
@@ -181,7 +181,7 @@ def say_that_it_waits(rank: int, call: str) -> None:
         of_rank=True,
     )
 
-# %% ../nbs/18_ranks.ipynb #ranks-027
+# %% ../nbs/18_ranks.ipynb #ranks-026
 WIDTH = 8  # numbers in a message
 
 
@@ -247,7 +247,7 @@ class Channel:
                 if not is_early or self.failures.first():
                     raise self.failures.explanation() from self.failures.cause(error)
 
-# %% ../nbs/18_ranks.ipynb #ranks-029
+# %% ../nbs/18_ranks.ipynb #ranks-028
 class Ranks(Channel):
     """The processes of a run; with one process, all methods return what they are given."""
 
@@ -295,7 +295,7 @@ class Ranks(Channel):
         self.wait(dist.broadcast(content, 0, self.group, async_op=True))
         return unpacked(content)
 
-# %% ../nbs/18_ranks.ipynb #ranks-032
+# %% ../nbs/18_ranks.ipynb #ranks-031
 def on_main(ranks: Ranks, function: Callable[[], _T]) -> _T:
     """Call a function on rank 0; return its result, or raise its error, on all ranks."""
     if ranks.size == 1:
@@ -310,7 +310,7 @@ def on_main(ranks: Ranks, function: Callable[[], _T]) -> _T:
         raise error
     return cast(_T, result)
 
-# %% ../nbs/18_ranks.ipynb #ranks-035
+# %% ../nbs/18_ranks.ipynb #ranks-034
 def rank_here() -> tuple[int, int]:
     """Return the rank of this process and the number of processes; `(0, 1)` without a group."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -325,7 +325,7 @@ def group_store() -> Any:
     except (AttributeError, RuntimeError, ValueError):
         return None
 
-# %% ../nbs/18_ranks.ipynb #ranks-037
+# %% ../nbs/18_ranks.ipynb #ranks-036
 def await_arrival(store: Any, rank: int, size: int) -> None:
     """Wait at a store until all ranks have come."""
     deadline = time.monotonic() + PATIENCE
@@ -348,7 +348,7 @@ def file_group(ranks: Ranks) -> dist.ProcessGroup | None:
     """Return a second group, for a thread that writes files meanwhile; None for one process."""
     return None if ranks.size == 1 else host_group(dist.group.WORLD, "files")
 
-# %% ../nbs/18_ranks.ipynb #ranks-039
+# %% ../nbs/18_ranks.ipynb #ranks-038
 @functools.lru_cache(maxsize=1)
 def ranks_of(world: object) -> Ranks:
     """Return the ranks of the default process group, the same object for all trainers."""
