@@ -157,7 +157,9 @@ def test_an_agreed_error_is_marked():
 def test_places_are_named():
     call = module.CALLS.index
     require_same_place([(call("fit"), 1), (call("fit"), 1)])
-    with pytest.raises(RuntimeError, match="rank 0 in save_checkpoint and rank 1, 2 in fit"):
+    with pytest.raises(
+        RuntimeError, match="rank 0 is in save_checkpoint and ranks 1 and 2 are in fit"
+    ):
         require_same_place([(call("save_checkpoint"), 1), (call("fit"), 1), (call("fit"), 1)])
     with pytest.raises(RuntimeError, match="at different points of fit"):
         require_same_place([(call("fit"), 1), (call("fit"), 2)])
@@ -196,7 +198,7 @@ def test_ranks_that_part_are_told_where_the_others_are(first, second):
     if first[0] == second[0]:
         assert f"at different points of {first[0]}" in one
     else:
-        assert f"rank 0 in {first[0]} and rank 1 in {second[0]}" in one
+        assert f"rank 0 is in {first[0]} and rank 1 is in {second[0]}" in one
 
 
 def test_a_known_failure_hides_the_closed_connection():

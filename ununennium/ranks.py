@@ -131,6 +131,12 @@ CALLS = (
 KINDS = ("meet", "note", "sum", "max", "gather", "from_main")
 
 
+def ranks_text(numbers: Sequence[int]) -> str:
+    """Return the subject of a sentence about some ranks, with its verb."""
+    *most, last = map(str, numbers)
+    return f"ranks {', '.join(most)} and {last} are" if most else f"rank {last} is"
+
+
 def require_same_place(places: Sequence[tuple[int, int]]) -> None:
     """Raise a `RuntimeError` unless all ranks are in the same call, in the same exchange.
 
@@ -144,12 +150,13 @@ def require_same_place(places: Sequence[tuple[int, int]]) -> None:
     ranks: dict[str, list[int]] = {}
     for rank, (call, _) in enumerate(places):
         ranks.setdefault(CALLS[call], []).append(rank)
-    parts = [f"rank {', '.join(map(str, numbers))} in {call}" for call, numbers in ranks.items()]
-    where = " and ".join(parts) if len(parts) > 1 else f"at different points of {next(iter(ranks))}"
+    where = " and ".join(f"{ranks_text(numbers)} in {call}" for call, numbers in ranks.items())
+    if len(ranks) == 1:
+        where = f"they are at different points of {next(iter(ranks))}"
     raise RuntimeError(
-        f"The ranks have parted: they are {where}. All ranks have to make the same calls, with the "
-        "same settings and callbacks. Do not put them under `if rank == 0`: whoever calls, only "
-        "rank 0 writes and prints."
+        f"The ranks have parted: {where}. All ranks have to make the same calls, with the same "
+        "settings and callbacks. Do not put them under `if rank == 0`: whoever calls, only rank 0 "
+        "writes and prints."
     )
 
 # %% ../nbs/18_ranks.ipynb #ranks-023

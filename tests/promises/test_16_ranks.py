@@ -149,7 +149,7 @@ def test_another_number_of_ranks_sees_every_sample_once(tmp_path, sizes):
         assert len({result[1:3] for result in results}) == 1
     assert sorted(seen) == list(range(101))
     assert not texts[0] and all(len(messages) == 1 for messages in texts[1:])
-    assert "The open epoch goes on with what is left." in texts[1][0]
+    assert "The open epoch continues with the remaining samples." in texts[1][0]
     assert results[0][2] == 1 and len(results[0][4]["val_loss"]) == 1
 
 

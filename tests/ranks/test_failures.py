@@ -50,5 +50,5 @@ def test_a_checkpoint_of_one_rank_ends_all(tmp_path):
     ended = run(tmp_path, "save", "training", 0)
     assert (ended.code, ended.orphans) == (1, []) and ended.seconds < 30
     for text in ended.texts:
-        assert "rank 0 in save_checkpoint and rank 1 in fit" in text
+        assert "rank 0 is in save_checkpoint and rank 1 is in fit" in text
     assert not (tmp_path / "mine.pt").exists()

@@ -116,7 +116,7 @@ def call_alone(name, folder):
 def test_a_call_of_one_rank_is_named(name, tmp_path):
     for error in on_ranks(2, call_alone, name, str(tmp_path)):
         assert error.startswith("RuntimeError: The ranks have parted")
-        assert f"rank 0 in {name} and rank 1 in fit" in error
+        assert f"rank 0 is in {name} and rank 1 is in fit" in error
     assert not list(tmp_path.iterdir())
 
 

@@ -284,11 +284,12 @@ def state_of_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
         return saved | parts[rank]
     epoch, text = inherit_epoch([part["open"] for part in parts], run.loader("train"), rank), ""
     if saved["open"]:
-        again = "begins again; a DistributedSampler would let it go on."
-        text = " The open epoch " + ("goes on with what is left." if epoch else again)
+        again = "begins again; with a DistributedSampler it would continue."
+        text = " The open epoch " + ("continues with the remaining samples." if epoch else again)
     writers = "1 process" if len(parts) == 1 else f"{len(parts)} processes"
     warn(
-        f"The file was written by {writers}, and this run has {size}.{text} Random numbers differ."
+        f"The file was written by {writers}, and this run has {size}.{text} Random numbers will "
+        "differ from those of an uninterrupted run."
     )
     random = parts[rank]["random"] if rank < len(parts) else None
     return saved | {"open": epoch, "workers": {}, "random": random}
