@@ -4,6 +4,11 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with what is slow, so that at the end no process works alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)

@@ -1,8 +1,11 @@
 """The harness itself, with plain widgets: what it reports about a page is true."""
 
+import os
+
 import pytest
 
-FRONTS = ["lab", "notebook"]
+# Both with ALL_FRONTS=1. The tests of the dashboard run in both anyway, by the same harness.
+FRONTS = ["lab", "notebook"] if os.environ.get("ALL_FRONTS") else ["notebook"]
 PRINT_VERSION = "import ipykernel; print('version', ipykernel.__version__)"
 BUTTON = """
 import ipywidgets

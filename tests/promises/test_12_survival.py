@@ -34,6 +34,7 @@ def train_until_killed(folder):
     trainer.fit(10_000)
 
 
+@pytest.mark.slow
 def test_a_run_survives_kills_at_random_moments(tmp_path):
     """Every time there are only whole files, and the next process continues from the newest."""
     folder, ready, draw, steps = tmp_path / "run", tmp_path / "ready", random.Random(0), [0]

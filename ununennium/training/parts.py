@@ -173,11 +173,11 @@ def share_of(loader: Any, size: int) -> tuple[int, int] | None:
 
 
 def loss_tensors(loss_fn: object) -> dict[str, list[float]]:
-    """Return the values that a loss has, such as class weights, by name."""
+    """Return the values of a loss's small tensors, such as class weights, by name."""
     if not isinstance(loss_fn, nn.Module):
         return {}
     tensors = (*loss_fn.named_buffers(), *loss_fn.named_parameters())
-    return {name: tensor.detach().flatten().tolist() for name, tensor in tensors}
+    return {name: t.detach().flatten().tolist() for name, t in tensors if t.numel() <= 1000}
 
 # %% ../../nbs/training/47_parts.ipynb #parts-033
 def check_group() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import signal
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from ..ranks import summary
 from ..signals import signal_handled
 from .batches import num_batches, sample_count, worker_deaths_told
+from .config import TrainerConfig
 from .hooks import Hooks
 from .lockstep import failures_told
 from .messages import add_hint
@@ -145,7 +147,7 @@ def check_loaders(run: Run) -> None:
 def settings_of(run: Run) -> dict[str, object]:
     """Return what has to be the same on all ranks, under the names that a message uses."""
     own = ("device", "progress", "seed")
-    config = {name: value for name, value in vars(run.config).items() if name not in own}
+    names = [field.name for field in fields(TrainerConfig) if field.name not in own]
     needed = [c for c in run.callbacks if getattr(c, "needs_all_ranks", False)]
     metrics = run.evaluator.metrics
     return {
@@ -153,7 +155,7 @@ def settings_of(run: Run) -> dict[str, object]:
         "The number of epochs at the end of fit": run.goal,
         "The list of callbacks that need all ranks": [type(c).__name__ for c in needed],
         "The list of metrics": None if metrics is None else list(metrics.metrics),
-        **config,
+        **{name: getattr(run.config, name) for name in names},
     }
 
 
