@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,9 +96,9 @@ def count_classes(
     ValueError
         A label lies outside `0..K-1`.
     """
-    counts, items = torch.zeros(num_classes, dtype=torch.int64), batches
+    counts, items = torch.zeros(num_classes, dtype=torch.int64), cast(Any, batches)
     if not hasattr(items, "__iter__"):
-        items = map(batches.__getitem__, range(len(batches)))
+        items = map(items.__getitem__, range(len(items)))
     for batch in items:
         labels = target_of(batch)
         if ignore_index is not None:
