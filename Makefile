@@ -22,12 +22,12 @@ lab: $(VENV)/.notebook
 	$(BIN)/jupyter lab nbs/tutorials/10_quick_start.ipynb
 
 # One thread each: the runs are small, and threads that share a busy core wait for each other. What
-# measures clicks in kernels and browsers runs alone.
+# clicks in kernels and browsers runs apart from what computes.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev check
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests $(ALONE:%=--ignore %) -n 2 --dist worksteal
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest $(ALONE) -n 2 --dist worksteal
 	$(BIN)/python -m pytest --nbval --nbval-current-env nbs -n 2 --dist loadfile
 
 # The quick checks: lint, format, types.
