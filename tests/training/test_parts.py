@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from small import make_batches, small_net
 from ununennium import Callback, TrainerConfig
 from ununennium.training.messages import TrainingWarning
-from ununennium.training.parts import check_callbacks, check_loader, check_parts
+from ununennium.training.parts import check_callbacks, check_group, check_loader, check_parts
 
 
 def make_parts(**changes):
@@ -113,3 +113,12 @@ def test_a_callback_needs_one_hook_and_no_base_class():
     check_callbacks([type("Own", (), {"on_batch_end": print})()])
     with pytest.raises(TypeError, match="5 among the callbacks has none of the hooks: on_train_s"):
         check_callbacks([5])
+
+
+@pytest.mark.parametrize(("count", "is_told"), [("1", False), ("2", True)])
+def test_processes_of_torchrun_without_a_group_are_told(count, is_told, monkeypatch, recwarn):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("WORLD_SIZE", count)
+    check_group()
+    texts = [str(warning.message) for warning in recwarn]
+    assert len(texts) == is_told and all("has no process group" in text for text in texts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ..distributed import Exchange
 from ..ranks import RankFailed, Ranks, is_lost_connection
 from .batches import MicroBatch, map_tensors, open_iterator
+from .checkpoint import checksum
 from .messages import warn
 from .state import Progress
 
@@ -271,22 +271,9 @@ def complete(lockstep: Lockstep, epoch: Windows, note: Note) -> list[MicroBatch]
     return [*window, *(replace(idle) for _ in range(missing))]
 
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-033
-def fingerprint(value: Any) -> int:
-    """Return a number that tells the tensors of one batch from those of another."""
-    total = 0
-
-    def add(tensor: Tensor) -> None:
-        nonlocal total
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        total = zlib.crc32(content.numpy().tobytes(), total)
-
-    map_tensors(add, value)
-    return total
-
-
 def compare_data(ranks: Ranks, window: list[MicroBatch]) -> None:
     """Warn if two ranks begin with the same batch."""
-    found = ranks.gather(fingerprint(window[0].inputs) if window else None)
+    found = ranks.gather(checksum(window[0].inputs) if window else None)
     same = [rank for rank, mark in enumerate(found) if mark is not None and found.count(mark) > 1]
     if same:
         warn(
