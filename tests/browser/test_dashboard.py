@@ -46,8 +46,13 @@ def click(front, i, text):
 
 def returned(front, i):
     """Wait for the end of the i-th cell's fit; return when that was, and the rest of the line."""
-    front.wait_output(i, "returned")
-    found = re.search(r"returned ([\d.]+) (.*)", front.output(i).inner_text())
+
+    def find():
+        return re.search(r"returned ([\d.]+) (.+)", front.output(i).inner_text())
+
+    # A page shows output in pieces, so the line is waited for whole.
+    front.wait(find, f"the fit of cell {i} returned")
+    found = find()
     return float(found[1]), found[2]
 
 

@@ -108,6 +108,6 @@ trainer = make_trainer()
 def train(**slow):
     pause.update({"train": 0.02, "validate": 0.02}, **slow)
     trainer.fit()
-    print("returned", times.end, trainer.stop_reason, "steps", trainer.global_step)
+    print(f"returned {times.end} {trainer.stop_reason} steps {trainer.global_step}")
 print("ready")
 """
