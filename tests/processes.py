@@ -1,6 +1,7 @@
-"""Run a function on several ranks of a Gloo group, each in a process of its own."""
+"""Run a function on several ranks of a Gloo group, or in other processes that wait for it."""
 
 import atexit
+import contextlib
 import gc
 import multiprocessing
 import pickle
@@ -16,37 +17,46 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "ununennium"])
 
 
-def serve(connection):
-    """Call functions for as long as the parent sends some: starting a process takes a second."""
+def answer(function, details):
+    """Return what a function returns, as bytes, and the text of its error."""
+    torch.manual_seed(0)
+    try:
+        # As bytes: a pipe would share the memory of tensors, which ends with this process.
+        return pickle.dumps(function(*details)), None
+    except BaseException:
+        return None, traceback.format_exc()
+
+
+def requests(connection):
+    """Give what the parent asks for until it hangs up: starting a process takes a second."""
     torch.set_num_threads(1)
-    while True:
-        try:
-            rank, size, path, function, details = connection.recv()
-        except EOFError:
-            return
-        torch.manual_seed(0)
+    with contextlib.suppress(EOFError):
+        while True:
+            yield connection.recv()
+
+
+def serve_rank(connection):
+    """Call functions as a rank of a group, which is another one each time."""
+    for rank, size, path, function, details in requests(connection):
         dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
-        try:
-            # As bytes: a pipe would share the memory of tensors, which ends with this process.
-            answer = pickle.dumps(function(*details)), None
-        except BaseException:
-            answer = None, traceback.format_exc()
+        found = answer(function, details)
         dist.destroy_process_group()
         gc.collect()  # loaders end their workers
-        connection.send(answer)
+        connection.send(found)
 
 
 class Pool:
-    """Processes that wait for something to do."""
+    """Processes that wait for something to do; `serve` is what each of them runs."""
 
-    def __init__(self):
-        self.ranks = []
+    def __init__(self, serve):
+        self.serve, self.ranks = serve, []
+        atexit.register(self.drop)
 
     def grow(self, size):
         """Return `size` processes with their connections."""
         while len(self.ranks) < size:
             own, other = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=serve, args=(other,))
+            process = CONTEXT.Process(target=self.serve, args=(other,))
             process.start()
             other.close()
             self.ranks.append((process, own))
@@ -62,8 +72,7 @@ class Pool:
         self.ranks = []
 
 
-POOL = Pool()
-atexit.register(POOL.drop)
+POOL = Pool(serve_rank)
 
 
 def on_ranks(size, function, *details, timeout=60):
