@@ -15,6 +15,18 @@ def one_thread():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def device_decides():
+    """Let fused optimizers decide on the device, although that is a CPU, where the host would."""
+
+    def decides(optimizer):
+        return all(group.get("fused") for group in optimizer.param_groups)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ununennium.training.step.decides_on_device", decides)
+        yield
+
+
 class Page:
     """Keeps what is displayed; widgets work without a kernel."""
 

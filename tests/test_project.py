@@ -259,6 +259,7 @@ BORROWED = {
     "_iterator": "PyTorch: the persistent workers of a DataLoader",
     "_orig_mod": "PyTorch: the model inside a compiled one",
     "_schedulers": "PyTorch: the parts of a SequentialLR or ChainedScheduler",
+    "_version": "PyTorch: how often a tensor was changed in place",
     "_step_supports_amp_scaling": "PyTorch: a fused optimizer that skips by itself",
     "_publish_status": "ipykernel: busy and idle",
     "_recv_callback": "pyzmq: what handles a message of a stream",

@@ -31,7 +31,7 @@ def check_elementwise(loss: Callable[[Tensor, Tensor], Tensor], ignore_index: in
             "Pass reduction='none'."
         )
 
-# %% ../nbs/15_losses.ipynb #losses-012
+# %% ../nbs/15_losses.ipynb #losses-n012
 class MaskedLoss(nn.Module):
     """The mean of an elementwise loss over valid elements.
 
@@ -62,7 +62,9 @@ class MaskedLoss(nn.Module):
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean over valid elements; zero, with zero gradient, if there are none."""
         valid = self.valid(target)
-        elements = self.loss(output, target.masked_fill(~valid, 0).to(output.dtype))
+        # In float16 a height of 2049.4 metres would be 2050, and one of 70,000 infinite.
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        elements = self.loss(output.to(dtype), target.masked_fill(~valid, 0).to(dtype))
         return elements.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
 
 # %% ../nbs/15_losses.ipynb #losses-019

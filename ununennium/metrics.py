@@ -22,17 +22,17 @@ def precise_zero(like: Tensor) -> Tensor:
     precise = torch.float32 if like.device.type == "mps" else torch.float64
     return torch.zeros((), dtype=precise, device=like.device)
 
-# %% ../nbs/10_metrics.ipynb #metrics-008
+# %% ../nbs/10_metrics.ipynb #metrics-n008
 def add_weighted(
     total: Tensor, value: Tensor, weight: Tensor | float, stepped: Tensor | bool
 ) -> Tensor | float:
     """Add `value * weight` to a total in place where it counts; return the weight that counts."""
     if isinstance(weight, Tensor):
-        weight = weight * stepped
+        weight = weight.to(total.dtype) * stepped
         total += torch.where(weight > 0, value * weight, 0.0)
     elif weight and isinstance(stepped, Tensor):
         total.add_(torch.where(stepped, value, 0.0), alpha=weight)
-        weight = stepped * weight
+        weight = stepped.to(total.dtype) * weight
     elif weight and stepped:
         total.add_(value, alpha=weight)  # multiplied and added in the total's precision
     else:

@@ -20,6 +20,8 @@ from small import (
 )
 from ununennium import Callback, TrainingDiverged
 
+pytestmark = pytest.mark.usefixtures("device_decides")
+
 # Skipped, and counted.
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ununennium import MaskedLoss
 from ununennium.training.loss_spec import (
+    HostTable,
     LossSpec,
     agreed_ignore_index,
     batch_weight,
@@ -94,11 +95,11 @@ def test_names_for_messages():
 def test_outer_settings_of_a_partial_win():
     inner = functools.partial(F.cross_entropy, weight=WEIGHT, ignore_index=0)
     spec = inspect_loss(functools.partial(inner, ignore_index=255))
-    assert spec.ignore_index == 255 and spec.class_weight is WEIGHT
+    assert spec.ignore_index == 255 and spec.class_weight.find() is WEIGHT
 
 
 def test_class_weights_are_those_of_a_mean_over_classes():
-    assert inspect_loss(cross_entropy(weight=WEIGHT)).class_weight is WEIGHT
+    assert inspect_loss(cross_entropy(weight=WEIGHT)).class_weight.find() is WEIGHT
     assert inspect_loss(cross_entropy()).class_weight is None
     assert inspect_loss(nn.BCELoss(weight=WEIGHT)).class_weight is None  # divided by elements
 
@@ -198,6 +199,20 @@ def test_labels_outside_the_classes_are_no_empty_batch():
     assert weight_of(torch.tensor([-1, 0, 3]), loss) == pytest.approx(2.2)
 
 
+def table_of(weight):
+    return None if weight is None else HostTable(lambda: weight)
+
+
+def test_class_weights_that_change_are_read_again():
+    loss = cross_entropy(weight=WEIGHT.clone())
+    spec = inspect_loss(loss)
+    assert batch_weight(LABELS, loss, spec, 255) == pytest.approx(16.2)
+    loss.weight *= 2
+    assert batch_weight(LABELS, loss, spec, 255) == pytest.approx(32.4)
+    loss.weight = WEIGHT / 2
+    assert batch_weight(LABELS, loss, spec, 255) == pytest.approx(8.1)
+
+
 @given(
     arrays.arrays(np.int64, st.tuples(st.integers(0, 3), st.integers(1, 5)),
                   elements=st.sampled_from([0, 1, 2, 255])),
@@ -207,7 +222,7 @@ def test_labels_outside_the_classes_are_no_empty_batch():
 def test_host_and_device_count_alike(labels, class_weight, ignored):
     if ignored != 255:
         labels = np.minimum(labels, 2)
-    found = weight_on_host(labels, class_weight, ignored)
+    found = weight_on_host(labels, table_of(class_weight), ignored)
     expected = weight_on_device(torch.from_numpy(labels), class_weight, ignored)
     assert found == pytest.approx(expected.item())
 
@@ -216,7 +231,7 @@ def test_host_and_device_count_alike(labels, class_weight, ignored):
 def test_nothing_ignored_counts_everything(ignored):
     labels = torch.tensor([[0, 1], [2, 2]], dtype=torch.uint8)
     for weight, expected in ((None, 4.0), (WEIGHT, 11.2)):
-        assert weight_on_host(labels.numpy(), weight, ignored) == pytest.approx(expected)
+        assert weight_on_host(labels.numpy(), table_of(weight), ignored) == pytest.approx(expected)
         assert weight_on_device(labels, weight, ignored).item() == pytest.approx(expected)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from small import HostReads
 from ununennium import TrainerConfig
-from ununennium.training.schedule import Schedule, count_moves, find_pace
+from ununennium.training.schedule import OwedMoves, Schedule, count_moves, find_pace
 
 
 def make_optimizer():
@@ -65,10 +66,41 @@ class Counter:
 def test_a_skipped_step_moves_nothing():
     counter = Counter()
     schedule = Schedule(counter, TrainerConfig(scheduler_interval="step"))
-    for stepped in (True, False, torch.tensor(True), torch.tensor(False)):
+    for stepped in (True, False):
         schedule.after_step(stepped)
     schedule.after_epoch({}, 2)
-    assert counter.moves == 2
+    assert counter.moves == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 256])
+@pytest.mark.parametrize("saved_after", [None, 0, 3, 4, 5])
+def test_a_step_that_the_device_skipped_is_left_out_later(size, saved_after, monkeypatch):
+    """As often as outcomes are read, and the same if the run is resumed in between."""
+    monkeypatch.setattr(OwedMoves, "size", size)
+    config = TrainerConfig(scheduler_interval="step")
+    schedules = [Schedule(Counter(), config) for _ in range(2)]
+    moves = [[], []]
+    for number, stepped in enumerate("..s.s.s......"):
+        for schedule, seen in zip(schedules, moves, strict=True):
+            schedule.after_step(torch.tensor(stepped == "."))
+            seen.append(schedule.scheduler.moves)
+        if number == saved_after:
+            resumed = Schedule(schedules[1].scheduler, config)
+            resumed.owed.load_state_dict(schedules[1].owed.state_dict())
+            schedules[1] = resumed
+    assert moves[0] == moves[1]
+    if size == 1:
+        assert moves[0] == [1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8, 9, 10]
+    schedules[0].after_epoch({}, 10)
+    assert moves[0][-1] - schedules[0].owed.count == 10
+
+
+def test_outcomes_are_read_together():
+    schedule = Schedule(Counter(), TrainerConfig(scheduler_interval="step"))
+    with HostReads() as reads:
+        for _ in range(OwedMoves.size - 1):
+            schedule.after_step(torch.tensor(True))
+    assert reads.count == 0
 
 
 def test_an_epoch_moves_once_the_run_has_taken_a_step():

@@ -116,9 +116,9 @@ def test_a_tally_is_the_plain_count_however_often_it_is_folded(run, size, data):
     start = outcomes.index(True) if True in outcomes else len(outcomes)
     expected["longest"] = max(expected["longest"], (before + start) * (start > 0))
     expected["in_a_row"] += before * (True not in outcomes)
-    found = tally.read()
-    assert found == SkipCounts(**expected)
-    assert tally.read() == found
+    found, late = tally.read()
+    assert found == SkipCounts(**expected) and late == found.count
+    assert tally.read() == (found, late)
 
 
 @settings(deadline=None)
@@ -143,18 +143,19 @@ def test_runs_of_skips(outcomes, before):
     for stepped in outcomes:
         run = 0 if stepped else run + 1
         expected.append(run)
-    assert skip_runs(torch.tensor(outcomes), before).tolist() == expected
-    assert skip_runs(torch.tensor(outcomes), torch.tensor(before)).tolist() == expected
+    stepped = torch.tensor(outcomes)
+    assert skip_runs(stepped, ~stepped, before).tolist() == expected
+    assert skip_runs(stepped, ~stepped, torch.tensor(before)).tolist() == expected
 
 
 def test_the_first_skip_among_windows_of_unequal_size():
     numbers = [[0, 1, 2], [3], [4, 5]]
     finite = torch.ones(6, len(CHECKED), dtype=torch.bool)
-    stepped = torch.tensor([True, True, False])
-    assert first_skip(numbers, finite, stepped).tolist() == [4, 1, 1, 1, 1, 1]
+    skipped = torch.tensor([False, False, True])
+    assert first_skip(numbers, finite, skipped).tolist() == [4, 1, 1, 1, 1, 1]
     finite[5, 1:] = finite[0, 0] = False  # the second hides in a step that was taken
-    assert first_skip(numbers, finite, stepped).tolist() == [5, 1, 1, 0, 0, 0]
-    assert first_skip(numbers, finite, ~stepped).tolist() == [0, 1, 0, 1, 1, 1]
+    assert first_skip(numbers, finite, skipped).tolist() == [5, 1, 1, 0, 0, 0]
+    assert first_skip(numbers, finite, ~skipped).tolist() == [0, 1, 0, 1, 1, 1]
 
 
 def test_nothing_is_read_until_it_is_asked_for():
@@ -183,7 +184,17 @@ def test_counting_on_a_gpu():
     tally = DeviceTally()
     for window, stepped in zip(windows, on_gpu, strict=True):
         tally.add(window, stepped)
-    assert tally.read() == SkipCounts(100, (5, "output"), 0, 1)
+    assert tally.read() == (SkipCounts(100, (5, "output"), 0, 1), 100)
+
+
+def test_windows_without_a_valid_pixel_are_neither_taken_nor_skipped():
+    tally = DeviceTally(before := 1)
+    for number, outcome in enumerate("e.se.sees"):  # empty, taken, skipped
+        stepped, empty = torch.tensor(outcome == "."), torch.tensor(outcome == "e")
+        tally.add([make_batch(number)], stepped, empty)
+    counts, late = tally.read()
+    assert counts == SkipCounts(3, (2, "gradient"), in_a_row=2, longest=2)
+    assert late == 7 and before == 1
 
 
 def test_an_empty_window_is_no_step():

@@ -22,6 +22,8 @@ from ununennium.training.step import (
     gradient_norm,
 )
 
+pytestmark = pytest.mark.usefixtures("device_decides")
+
 CPU = torch.device("cpu")
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -69,7 +71,12 @@ def test_clipping_is_that_of_pytorch(values, limit):
         parameter.grad = gradient.clone()
     expected = nn.utils.clip_grad_norm_(theirs, limit or math.inf)
     assert torch.allclose(gradient_norm(ours), expected)
-    assert torch.allclose(clip_gradients(ours, limit), expected)
+    norm = gradient_norm(ours)
+    assert torch.allclose(norm, expected)
+    by_number = [gradient.clone() for gradient in ours]
+    clip_gradients(ours, norm, limit)
+    clip_gradients(by_number, norm.item(), limit)
+    assert all(map(torch.equal, ours, by_number))
     assert all(torch.allclose(g, p.grad) for g, p in zip(ours, theirs, strict=True))
 
 

@@ -127,7 +127,7 @@ def test_ignored_labels_and_unknown_targets_pass():
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
-    [(CE, torch.int64), (BCE, torch.float16), (MASKED, torch.uint8), (OWN, torch.uint8)],
+    [(CE, torch.int64), (BCE, torch.float32), (MASKED, torch.uint8), (OWN, torch.uint8)],
 )
 def test_bytes_become_what_the_loss_wants(spec, expected):
     output = {"out": torch.zeros(2, 8, 8, dtype=torch.float16)}

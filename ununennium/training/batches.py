@@ -173,7 +173,7 @@ def worker_deaths_told() -> Iterator[None]:
         time.sleep(1)  # PyTorch's handler of SIGCHLD raises in here
         raise
 
-# %% ../../nbs/training/40_batches.ipynb #batches-031
+# %% ../../nbs/training/40_batches.ipynb #batches-n031
 @dataclass(slots=True)
 class MicroBatch:
     """One batch on its way through an optimizer step.
@@ -222,6 +222,8 @@ class MicroBatch:
         """Its weight divided by the total weight of its window, 0 to 1."""
         if self.is_empty:
             return 0.0
+        if isinstance(self.divisor, Tensor):  # it may be 0, which nothing here may read
+            return torch.where(self.divisor > 0, self.weight / self.divisor, 0.0)
         return self.weight / (self.divisor() if callable(self.divisor) else self.divisor)
 
     def detach_losses(self, prefix: str = "train_") -> dict[str, Tensor]:

@@ -154,10 +154,35 @@ def checksum(value: Any, start: int = 0) -> int:
         return functools.reduce(lambda total, part: checksum(part, total), value, start)
     return zlib.crc32(f"{type(value).__name__} {value!r}".encode(), start)
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-037
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-n037
+def start_copy(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory; that of a GPU's tensor is complete once its stream is."""
+    if not tensor.is_cuda:
+        return tensor.detach().to("cpu", copy=True)
+    pinned = torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
+    return pinned.copy_(tensor.detach(), non_blocking=True)
+
+
+def copy_to_host(value: Any, streams: set[Any] | None = None) -> Any:
+    """Return a copy of nested state with its tensors in host memory."""
+    waits, streams = streams is None, set() if streams is None else streams
+    if isinstance(value, Tensor):
+        if value.is_cuda:
+            streams.add(torch.cuda.current_stream(value.device))
+        value = start_copy(value)
+    elif isinstance(value, Mapping):
+        value = {key: copy_to_host(item, streams) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        value = type(value)(copy_to_host(item, streams) for item in value)
+    if waits:
+        for stream in streams:
+            stream.synchronize()
+    return value
+
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-n040
 def save_file(state: dict[str, Any], path: str | os.PathLike, before: Path | None = None) -> Path:
     """Write a dictionary of tensors and plain values, with a checksum; see `write_atomically`."""
-    content = plain(state)
+    content = copy_to_host(plain(state))
     content["checksum"] = checksum(content)
     return write_atomically(path, lambda file: torch.save(content, file), before)
 
@@ -251,15 +276,6 @@ def newest_first(folder: str | os.PathLike) -> list[Path]:
         return not is_aside, path.stat().st_mtime_ns, usual.get(path.name, 0), path.name
 
     return sorted(filter(Path.is_file, Path(folder).glob("*.pt")), key=key, reverse=True)
-
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-065
-def copy_to_host(value: Any) -> Any:
-    """Return a copy of nested state with its tensors in host memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: copy_to_host(item) for key, item in value.items()}
-    return type(value)(map(copy_to_host, value)) if isinstance(value, (list, tuple)) else value
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-068
 _writer = ThreadPoolExecutor(1, "checkpoint")  # starts its thread on first use

@@ -138,7 +138,7 @@ def own_parts(entry: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
         for name, value in entry.items()
     }
 
-# %% ../../nbs/training/22_restore.ipynb #restore-038
+# %% ../../nbs/training/22_restore.ipynb #restore-n038
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
     saved: dict[str, Any],
@@ -165,11 +165,14 @@ def load_optimizer(
     check_state_shapes(optimizer, saved)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {n: own_parts(entry, parameters[n]) for n, entry in saved["state"].items()}
-    optimizer.load_state_dict(saved | {"state": state})
-    for group, then, now in zip(optimizer.param_groups, saved_built, built, strict=True):
+    groups = [dict(group) for group in saved["param_groups"]]
+    for group, then, now in zip(groups, saved_built, built, strict=len(groups) == len(built)):
         if missing := sorted((then.keys() & now.keys()) - group.keys()):
             raise ValueError(f"the optimizer's settings in the file lack {', '.join(missing)}")
         keep_changes(group, then, now)
+    # With the settings in place first, PyTorch puts the step counts where such an optimizer wants
+    # them: on the GPU for fused=True, in host memory otherwise.
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 # %% ../../nbs/training/22_restore.ipynb #restore-042
 SCHEDULER_STATE = (

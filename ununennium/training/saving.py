@@ -42,7 +42,7 @@ class Part:
     read: Callable[[Run], Any]
     restore: Callable[[Run, dict[str, Any]], object]
 
-# %% ../../nbs/training/75_saving.ipynb #saving-007
+# %% ../../nbs/training/75_saving.ipynb #saving-n007
 def optimizer_state(run: Run) -> dict[str, Any]:
     """Return the whole state of the optimizer, with the name of its type."""
     state = whole_state(run.lockstep.ranks, run.optimizer)
@@ -52,7 +52,9 @@ def optimizer_state(run: Run) -> dict[str, Any]:
 def scheduler_state(run: Run) -> dict[str, Any] | None:
     """Return the state of the scheduler, with the name of its type; None if there is none."""
     part = run.schedule.scheduler
-    return None if part is None else part.state_dict() | {"type": type(part).__name__}
+    if part is None:
+        return None
+    return part.state_dict() | run.schedule.owed.state_dict() | {"type": type(part).__name__}
 
 
 def check_type(name: str, part: Any, saved: dict[str, Any]) -> None:
@@ -74,13 +76,14 @@ def restore_optimizer(run: Run, saved: dict[str, Any]) -> None:
     built = saved["optimizer_built"]
     load_optimizer(run.optimizer, saved["optimizer"], built, built_settings(run))
 
-# %% ../../nbs/training/75_saving.ipynb #saving-013
+# %% ../../nbs/training/75_saving.ipynb #saving-n013
 def restore_scheduler(run: Run, saved: dict[str, Any]) -> None:
     """Restore the scheduler, if both the run and the file have one."""
     scheduler = run.schedule.scheduler
     check_type("scheduler", scheduler, saved)
     if scheduler is not None and saved["scheduler"] is not None:
         load_scheduler(scheduler, saved["scheduler"])
+        run.schedule.owed.load_state_dict(saved["scheduler"])
 
 
 def restore_scaler(run: Run, saved: dict[str, Any]) -> None:

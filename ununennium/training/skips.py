@@ -126,23 +126,23 @@ def load_counts(state: Mapping[str, Any]) -> SkipCounts:
     first = state["first"] and tuple(state["first"])
     return SkipCounts(first=first, **{name: int(state[name]) for name in state if name != "first"})
 
-# %% ../../nbs/training/57_skips.ipynb #skips-020
-def skip_runs(stepped: Tensor, before: int | Tensor) -> Tensor:
+# %% ../../nbs/training/57_skips.ipynb #skips-n020
+def skip_runs(stepped: Tensor, skipped: Tensor, before: int | Tensor) -> Tensor:
     """Return for each step how many were skipped in a row up to it.
 
     Parameters
     ----------
-    stepped
-        `(N,)`, boolean: whether each step was taken.
+    stepped, skipped
+        `(N,)`, boolean: whether each step was taken, and whether it was skipped.
     before
         Steps skipped in a row just before the first.
     """
-    position = torch.arange(1, len(stepped) + 1, device=stepped.device)
-    last = torch.where(stepped, position, 0).cummax(0).values
-    return position - last + torch.where(last == 0, before, 0)
+    count = skipped.cumsum(0)
+    last = torch.where(stepped, count, 0).cummax(0).values
+    return count - last + torch.where(stepped.cumsum(0) == 0, before, 0)
 
-# %% ../../nbs/training/57_skips.ipynb #skips-023
-def first_skip(numbers: list[list[int]], finite: Tensor, stepped: Tensor) -> Tensor:
+# %% ../../nbs/training/57_skips.ipynb #skips-n023
+def first_skip(numbers: list[list[int]], finite: Tensor, skipped: Tensor) -> Tensor:
     """Return the first skipped step as `(2 + C,)` numbers: batch, whether any was skipped, checks.
 
     Parameters
@@ -151,14 +151,15 @@ def first_skip(numbers: list[list[int]], finite: Tensor, stepped: Tensor) -> Ten
         The batch numbers of each of `N` steps.
     finite
         `(B, C)`, boolean: the checks of all batches, in order.
-    stepped
-        `(N,)`, boolean: whether each step was taken.
+    skipped
+        `(N,)`, boolean: whether each step was skipped.
     """
     pairs = [(step, number) for step, batches in enumerate(numbers) for number in batches]
-    steps, batches = torch.tensor(pairs, device=stepped.device).unbind(1)
-    skipped = ~stepped.index_select(0, steps)
-    rank = torch.where(skipped, 2 * steps + finite.all(1), 2 * len(stepped))
-    table = torch.cat([batches[:, None], skipped[:, None].long(), finite.long()], 1)
+    pairs = torch.tensor(pairs).to(skipped.device, non_blocking=True)  # no wait for the device
+    steps, batches = pairs.unbind(1)
+    is_bad = skipped.index_select(0, steps)
+    rank = torch.where(is_bad, 2 * steps + finite.all(1), 2 * len(skipped))
+    table = torch.cat([batches[:, None], is_bad[:, None].long(), finite.long()], 1)
     return table.index_select(0, rank.argmin(0, keepdim=True))[0]
 
 # %% ../../nbs/training/57_skips.ipynb #skips-026
@@ -174,7 +175,7 @@ def culprit_of(row: list[int]) -> tuple[int, str] | None:
     names = (name for name, fine in zip(CHECKED, finite, strict=True) if not fine)
     return (number, next(names, "gradient")) if was_skipped else None
 
-# %% ../../nbs/training/57_skips.ipynb #skips-029
+# %% ../../nbs/training/57_skips.ipynb #skips-n029
 class DeviceTally:
     """Counts steps whose outcome only the device knows. Only `read` waits for it.
 
@@ -188,41 +189,46 @@ class DeviceTally:
 
     def __init__(self, in_a_row: int = 0) -> None:
         self.in_a_row: int | Tensor = in_a_row
-        self.count = self.longest = 0  # these, too, become tensors
+        self.count = self.longest = self.late = 0  # these, too, become tensors
         self.first: Tensor | None = None  # a row of `first_skip`
-        self.pending: list[tuple[list[int], list[Tensor], Tensor]] = []
+        self.pending: list[tuple[list[int], list[Tensor], Tensor, Tensor]] = []
 
-    def add(self, window: list[MicroBatch], stepped: Tensor) -> None:
-        """Add a window and whether its step was taken, a boolean scalar on the device."""
+    def add(self, window: list[MicroBatch], stepped: Tensor, empty: Tensor | bool = False) -> None:
+        """Add a window, whether its step was taken, and whether it had no valid pixel."""
         numbers = [batch.number for batch in window]
-        self.pending.append((numbers, [check_row(batch) for batch in window], stepped))
+        rows = [check_row(batch) for batch in window]
+        skipped = ~stepped if empty is False else ~(stepped | empty)
+        self.pending.append((numbers, rows, stepped, skipped))
         if len(self.pending) == self.size:
             self.fold()
 
     def fold(self) -> None:
         """Count the pending steps, still on the device."""
-        numbers, rows, stepped = zip(*self.pending, strict=True)
-        stepped = torch.stack(stepped)
+        numbers, rows, *outcomes = zip(*self.pending, strict=True)
+        stepped, skipped = map(torch.stack, outcomes)
         finite = torch.stack(list(itertools.chain(*rows))).isfinite()
-        runs, first = skip_runs(stepped, self.in_a_row), first_skip([*numbers], finite, stepped)
-        self.longest = torch.maximum(torch.as_tensor(self.longest, device=runs.device), runs.max())
+        runs = skip_runs(stepped, skipped, self.in_a_row)
+        first = first_skip([*numbers], finite, skipped)
+        self.longest = runs.max().clamp(min=self.longest)
         self.in_a_row = runs[-1]
-        self.count = self.count + (~stepped).sum()
+        self.count = self.count + skipped.sum()
+        self.late = self.late + (~stepped).sum()
         known = self.first if self.first is not None else first
         self.first = torch.where(known[1] > 0, known, first)
         self.pending.clear()
 
-    def read(self) -> SkipCounts:
-        """Return the counts, after one read of the device."""
+    def read(self) -> tuple[SkipCounts, int]:
+        """Return the counts, and the steps that were not taken, after one read of the device."""
         if self.pending:
             self.fold()
         if self.first is None:
-            return SkipCounts(in_a_row=int(self.in_a_row))
-        numbers = [torch.as_tensor(x) for x in (self.count, self.in_a_row, self.longest)]
-        count, in_a_row, longest, *row = torch.cat([torch.stack(numbers), self.first]).tolist()
-        return SkipCounts(count, culprit_of(row), in_a_row, longest)
+            return SkipCounts(in_a_row=int(self.in_a_row)), 0
+        numbers = [torch.as_tensor(x) for x in (self.count, self.in_a_row, self.longest, self.late)]
+        found = torch.cat([torch.stack(numbers), self.first]).tolist()
+        count, in_a_row, longest, late, *row = found
+        return SkipCounts(count, culprit_of(row), in_a_row, longest), late
 
-# %% ../../nbs/training/57_skips.ipynb #skips-033
+# %% ../../nbs/training/57_skips.ipynb #skips-n033
 class StepTally:
     """Counts skipped steps, decided on host or device, and remembers the batch of the first."""
 
@@ -233,18 +239,20 @@ class StepTally:
     def open_epoch(self) -> None:
         """Start the counts of an epoch; a run of skipped steps continues."""
         self.counts.count, self.counts.first = 0, None
-        self.late = 0  # skips of this epoch that the loop has counted as steps
+        self.late = 0  # steps of this epoch that the loop has counted and that were not taken
         self.device: DeviceTally | None = None
         self.samples: dict[int, str] = {}  # names by batch number, if the batches have them
 
-    def add(self, window: list[MicroBatch], stepped: bool | Tensor) -> None:
-        """Count a window's step."""
+    def add(
+        self, window: list[MicroBatch], stepped: bool | Tensor, empty: bool | Tensor = False
+    ) -> None:
+        """Count a window's step, which is neither taken nor skipped if the window is empty."""
         if isinstance(stepped, Tensor):
             for batch in window:  # all names: by the time we know which one is bad, it is gone
                 if (names := sample_names(batch.raw)) is not None:
                     self.samples[batch.number] = quote_names(names)
             self.device = self.device or DeviceTally(self.counts.in_a_row)
-            self.device.add(window, stepped)
+            self.device.add(window, stepped, empty)
             return
         self.read().add(stepped)
         if not stepped and self.counts.first is None:
@@ -255,8 +263,8 @@ class StepTally:
     def read(self) -> SkipCounts:
         """Return the counts, after a read of what only the device knows."""
         if self.device is not None:
-            later, self.device = self.device.read(), None
-            self.counts, self.late = self.counts.plus(later), self.late + later.count
+            (later, late), self.device = self.device.read(), None
+            self.counts, self.late = self.counts.plus(later), self.late + late
         return self.counts
 
     def first(self) -> tuple[str, str]:
@@ -298,7 +306,7 @@ def first_culprit(found: list[tuple[str, str]]) -> tuple[str, str]:
     where, culprit = found[rank]
     return f"{where} of rank {rank}", culprit
 
-# %% ../../nbs/training/57_skips.ipynb #skips-044
+# %% ../../nbs/training/57_skips.ipynb #skips-n044
 class SkippedSteps:
     """Counts skipped steps, warns about them, and gives up after too many in a row.
 
@@ -326,7 +334,7 @@ class SkippedSteps:
         if step.norm is None:  # the window was empty
             return
         self.trail.add(global_step, step.used[-1].losses["loss"], step.norm)
-        self.tally.add(step.used, step.stepped)
+        self.tally.add(step.used, step.stepped, step.empty)
         on_device, now = isinstance(step.stepped, Tensor), self.clock()
         self.checked = now if self.checked is None else self.checked
         if now - self.checked > 10 if on_device else not step.stepped:
@@ -357,7 +365,7 @@ class SkippedSteps:
         return first_culprit(self.ranks.gather(self.tally.first()))
 
     def uncounted(self) -> int:
-        """Return how many skipped steps of this epoch the loop has counted as taken."""
+        """Return how many steps of this epoch the loop has counted that were not taken."""
         self.tally.read()
         return self.tally.late
 

@@ -163,7 +163,7 @@ def check_labels(
         f"{label_hint(list(outside), target.min().item(), num_classes, hint)}"
     )
 
-# %% ../../nbs/training/43_targets.ipynb #targets-032
+# %% ../../nbs/training/43_targets.ipynb #targets-n032
 def cast_target(target: Any, output: Any, spec: LossSpec) -> Any:
     """Return integer labels in the dtype that the loss needs; other targets as they are.
 
@@ -172,7 +172,8 @@ def cast_target(target: Any, output: Any, spec: LossSpec) -> Any:
     target
         The batch's target, on the device.
     output
-        What the model returned. Elementwise losses get the dtype of its prediction.
+        What the model returned. Elementwise losses get the dtype of its prediction, and at least
+        float32.
     spec
         What `inspect_loss` found.
     """
@@ -180,4 +181,7 @@ def cast_target(target: Any, output: Any, spec: LossSpec) -> Any:
         return target
     if spec.wants_classes:
         return target.long()
-    return target.to(prediction(output).dtype) if spec.elementwise and not spec.masked else target
+    if not spec.elementwise or spec.masked:
+        return target
+    # float16 would turn a count of 3001 into 3000
+    return target.to(torch.promote_types(prediction(output).dtype, torch.float32))
