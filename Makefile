@@ -3,17 +3,19 @@
 # make test   run everything that CI runs
 # make check  lint, format and types, in seconds
 # make failures  let one of two processes fail in 21 ways, for a few minutes
+# make nullcuda  test what surrounds a GPU's kernels, without a GPU; 5 GB to install
 # make golden compare 49 runs with those of the last commit, bit by bit
 # make export write the package and the README from the notebooks
 
 PYTHON ?= python3
 VENV ?= .venv
+NULLCUDA := .venv-nullcuda
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 ALONE := tests/kernels tests/notebook tests/browser
 SETTINGS := settings.ini pyproject.toml setup.py constraints.txt
 
-.PHONY: demo lab test check failures golden export notebooks clean
+.PHONY: demo lab test check failures nullcuda golden export notebooks clean
 
 demo: $(VENV)/.notebook
 	$(BIN)/python tools/demo.py
@@ -41,6 +43,10 @@ failures: export ALL_FAILURES = 1
 failures: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/ranks/test_failures.py
 
+# PyTorch's build for CUDA, with a GPU that computes nothing. Not in CI, because of its size.
+nullcuda: $(NULLCUDA)/.installed
+	$(NULLCUDA)/bin/python tests/nullcuda/launch.py -m pytest tests/nullcuda
+
 # The referee: 49 small runs, compared bit by bit with the last commit.
 golden: $(VENV)/.dev
 	$(BIN)/python tools/golden.py --against HEAD
@@ -57,10 +63,10 @@ notebooks: $(VENV)/.dev
 	$(BIN)/python tools/run_notebooks.py
 	$(MAKE) export
 
-$(VENV)/.python:
+%/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { echo "The virtual environment could not be created. On Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $* || { echo "The virtual environment could not be created. On Debian: apt-get install python3-venv"; exit 1; }
 	@touch $@
 
 # PyTorch first, with its version from constraints.txt, the only place that sets it.
@@ -74,5 +80,12 @@ $(VENV)/.dev: $(VENV)/.notebook $(SETTINGS)
 	$(INSTALL) -e '.[notebook,dev]'
 	@touch $@
 
+# Not the build for the CPU that constraints.txt may find: === is not equal to a version with +cpu.
+$(NULLCUDA)/.installed: $(NULLCUDA)/.python $(SETTINGS)
+	@echo "Installing PyTorch for CUDA into $(NULLCUDA): gigabytes to fetch, 5 GB on the disk ..."
+	$(NULLCUDA)/bin/python -m pip install --disable-pip-version-check --quiet \
+	  $$(sed -n 's/^torch==/torch===/p' constraints.txt) -e '.[notebook]' pytest
+	@touch $@
+
 clean:
-	rm -rf $(VENV) _demo build dist *.egg-info
+	rm -rf $(VENV) $(NULLCUDA) _demo build dist *.egg-info

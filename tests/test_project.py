@@ -344,7 +344,7 @@ def test_the_wheel_installs_and_imports_in_a_bare_environment(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "_demo", "__pycache__", "*.egg-info", "build", "dist"
+        ".git", ".venv*", "_demo", "__pycache__", "*.egg-info", "build", "dist"
     )
     shutil.copytree(ROOT, source, ignore=ignored)
     run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source, env=environment)
