@@ -1,6 +1,7 @@
 """Files go from one kind of optimizer to another and between devices, and hold their moment."""
 
 import pytest
+import torch
 
 from nullcuda import counts, known_fault, late_copies
 from nullcuda.runs import make_run, waits_expected
@@ -63,6 +64,14 @@ def test_a_run_goes_on_elsewhere(tmp_path, devices, optimizer):
         assert places(trainer.optimizer) == ({step}, {devices[1]})
     trainer.fit(1)
     assert trainer.epoch == 2
+
+
+@known_fault("save_checkpoint writes tensors of the GPU, which a plain torch.load puts there again")
+def test_a_file_can_be_read_without_a_gpu(tmp_path):
+    trainer = make_run()
+    trainer.fit(1)
+    saved = torch.load(trainer.save_checkpoint(tmp_path / "a.pt"), weights_only=True)
+    assert {x.device.type for x in saved["model"].values()} == {"cpu"}
 
 
 # Files that are written in the background.
