@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nullcuda import counts, known_fault, late_copies
+from nullcuda import counts, late_copies
 from nullcuda.runs import make_run, waits_expected
 from nullcuda.waits import waits_noted, waits_of
 from small import AtStep, boom, stop
@@ -29,19 +29,16 @@ def places(optimizer):
     return steps, rest
 
 
-STAYS = "`step` stays where the optimizer that was saved wants it"
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         ("AdamW", "AdamW"),
         ("AdamW fused", "AdamW fused"),
         ("AdamW", "AdamW foreach"),
-        pytest.param("AdamW", "AdamW fused", marks=known_fault(STAYS)),
-        pytest.param("AdamW", "AdamW capturable", marks=known_fault(STAYS)),
-        pytest.param("AdamW fused", "AdamW", marks=known_fault(STAYS)),
-        pytest.param("AdamW capturable", "AdamW one by one", marks=known_fault(STAYS)),
+        ("AdamW", "AdamW fused"),
+        ("AdamW", "AdamW capturable"),
+        ("AdamW fused", "AdamW"),
+        ("AdamW capturable", "AdamW one by one"),
         ("AdamW fused", "AdamW capturable"),
     ],
 )
@@ -66,7 +63,6 @@ def test_a_run_goes_on_elsewhere(tmp_path, devices, optimizer):
     assert trainer.epoch == 2
 
 
-@known_fault("save_checkpoint writes tensors of the GPU, which a plain torch.load puts there again")
 def test_a_file_can_be_read_without_a_gpu(tmp_path):
     trainer = make_run()
     trainer.fit(1)
@@ -99,7 +95,6 @@ def test_a_file_holds_the_tensors_of_its_moment(tmp_path):
         assert (saved["model"][name] == 4).all(), name
 
 
-@known_fault("the host waits for each tensor")
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW fused"])
 def test_a_background_file_costs_one_wait(tmp_path, optimizer):
     trainer, lines = make_run(optimizer), []

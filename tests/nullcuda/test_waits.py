@@ -1,6 +1,5 @@
 """The host waits for the device once per step, or never if a fused optimizer lets it decide."""
 
-import itertools
 import time
 
 import pytest
@@ -9,7 +8,6 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from nullcuda import known_fault
 from nullcuda.runs import OPTIMIZERS, PRECISIONS, make_run, waits_expected
 from nullcuda.waits import waits_of
 from small import make_batches, small_net
@@ -37,7 +35,6 @@ def test_validation_never_waits(precision, optimizer):
     assert_waits(make_run(optimizer, precision), "validate", 0)
 
 
-@known_fault("the skipped steps of 256 steps are counted from tables that the host makes")
 def test_a_long_epoch_with_a_fused_optimizer_never_waits():
     assert_waits(make_run("AdamW fused", train=make_batches(300)), "train", 0)
 
@@ -99,19 +96,6 @@ OPTIONS = {
     "bar": lambda folder: {"progress": "bar"},
     "dashboard": lambda folder: {"progress": "dashboard"},
 }
-WEIGHTS = known_fault("the class weights are fetched from the device for each batch")
-SCHEDULER = known_fault("the scheduler asks the device whether the step was taken")
-
-
-def with_options(phase):
-    """Return options with optimizers; mark the known faults."""
-    cases = []
-    for option, optimizer in itertools.product(OPTIONS, ("AdamW", "AdamW fused")):
-        marks = [WEIGHTS] if option.startswith("class weights") else []
-        if (option, optimizer, phase) == ("OneCycleLR", "AdamW fused", "train"):
-            marks.append(SCHEDULER)
-        cases.append(pytest.param(option, optimizer, marks=marks))
-    return cases
 
 
 @pytest.fixture
@@ -122,13 +106,15 @@ def time_stands_still(monkeypatch, shown):
 
 
 @pytest.mark.usefixtures("time_stands_still")
-@pytest.mark.parametrize(("option", "optimizer"), with_options("train"))
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW fused"])
+@pytest.mark.parametrize("option", OPTIONS)
 def test_waits_per_step_with(option, optimizer, tmp_path):
     trainer = make_run(optimizer, **OPTIONS[option](tmp_path))
     assert_waits(trainer, "train", waits_expected(optimizer))
 
 
 @pytest.mark.usefixtures("time_stands_still")
-@pytest.mark.parametrize(("option", "optimizer"), with_options("validate"))
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW fused"])
+@pytest.mark.parametrize("option", OPTIONS)
 def test_validation_never_waits_with(option, optimizer, tmp_path):
     assert_waits(make_run(optimizer, **OPTIONS[option](tmp_path)), "validate", 0)
