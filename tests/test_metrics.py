@@ -10,50 +10,7 @@ from hypothesis import strategies as st
 
 from small import DEVICES
 from ununennium import ConfusionMatrix
-from ununennium.metrics import MetricSet, WeightedMean, predicted_classes
-
-NAN = torch.tensor(math.nan)
-
-
-@settings(deadline=None)
-@given(
-    values=st.lists(
-        st.tuples(st.floats(-100, 100, width=32), st.sampled_from([0, 1, 4, 1000]), st.booleans()),
-        min_size=1,
-        max_size=12,
-    ),
-    on_device=st.sampled_from(["nothing", "weight", "stepped", "both"]),
-)
-def test_weighted_mean_counts_what_was_stepped_by_its_divisor(values, on_device):
-    """Whether weight and outcome are numbers or tensors; what does not count may be NaN."""
-    mean, total, divisor = WeightedMean(), 0.0, 0
-    for value, weight, stepped in values:
-        counts = weight > 0 and stepped
-        mean.update(
-            torch.tensor(value) if counts else NAN,
-            torch.tensor(weight) if on_device in ("weight", "both") else weight,
-            torch.tensor(stepped) if on_device in ("stepped", "both") else stepped,
-        )
-        total, divisor = total + value * weight * counts, divisor + weight * counts
-    expected = total / divisor if divisor else math.nan
-    assert mean.compute() == pytest.approx(expected, rel=1e-5, abs=1e-4, nan_ok=True)
-
-
-def test_weighted_mean_keeps_double_precision():
-    mean = WeightedMean()
-    mean.update(torch.tensor(1.0), 2.0**25)
-    for _ in range(4):
-        mean.update(torch.tensor(2.0), 1.0)
-    assert mean.compute() == (2.0**25 + 8) / (2.0**25 + 4) > 1
-
-
-def test_weighted_mean_resumes_and_its_state_is_a_copy():
-    mean, resumed = WeightedMean(), WeightedMean()
-    mean.update(torch.tensor(0.3), torch.tensor(7))
-    resumed.load_state_dict(mean.state_dict(), torch.device("cpu"))
-    for one in (mean, resumed):
-        one.update(torch.tensor(0.7), torch.tensor(2))
-    assert resumed.compute() == mean.compute() == pytest.approx((0.3 * 7 + 0.7 * 2) / 9)
+from ununennium.metrics import MetricSet, PairCounts, predicted_classes
 
 
 @pytest.mark.parametrize("classes", [2, 5, 16, 17])
@@ -176,3 +133,31 @@ def test_agrees_with_torchmetrics(classes, ignore, seed):
     ours.update(scores, truth)
     theirs.update(scores, truth)
     assert torch.equal(ours.table, theirs.compute())
+
+
+@pytest.mark.parametrize("size", [0, 60, 10**6])
+def test_batches_that_are_gathered_are_counted_as_one(size, monkeypatch):
+    """Whatever the labels are, and whoever looks at the counts in between."""
+    monkeypatch.setattr(PairCounts, "size", size)
+    metric = ConfusionMatrix(3, ignore_index=255)
+    outputs, targets = torch.randn(7, 2, 3, 4), torch.tensor([0, 1, 2, 255, -7, 3])
+    targets = targets[torch.randint(6, (7, 2, 4))]
+    for number, (output, target) in enumerate(zip(outputs, targets, strict=True)):
+        metric.update(
+            output, target.to(torch.uint8) if number == 3 and target.min() >= 0 else target
+        )
+        if number == 4:
+            assert metric.table.sum() == (targets[:5] < 3).logical_and(targets[:5] >= 0).sum()
+    whole = ConfusionMatrix(3, ignore_index=255)
+    whole.update(outputs.flatten(0, 1), targets.flatten(0, 1))
+    assert torch.equal(metric.state, whole.state)
+    assert metric.state[-2] == (targets == 255).sum()
+    assert metric.state[-1] == (targets == -7).sum() + (targets == 3).sum()
+
+
+def test_hard_and_soft_labels_are_gathered_apart():
+    metric, logits = ConfusionMatrix(2, ignore_index=0), torch.tensor([[3.0], [-1.0]])
+    metric.update(logits, torch.tensor([[1], [0]]))
+    metric.update(logits, torch.tensor([[1.0], [torch.nan]]))
+    metric.update(logits, torch.tensor([[1], [1]]))
+    assert metric.state.tolist() == [0, 0, 1, 3, 2, 0]

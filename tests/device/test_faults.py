@@ -224,3 +224,34 @@ def mean_of(count, device):
 
 def test_the_mean_of_many_ones_is_one():
     assert on_device(mean_of, 20_000, "gpu") == 1.0
+
+
+def means_of(values, kinds):
+    """Return the mean on the host and on the device, and the state of a resumed one."""
+    from ununennium.means import WeightedMean
+
+    host, device, moved = WeightedMean(), WeightedMean(), WeightedMean()
+    for value, weight, stepped in values:
+        counts = weight > 0 and stepped
+        host.update(torch.tensor(value), weight, stepped)
+        device.update(
+            torch.tensor(value if counts else float("nan")).to("gpu"),
+            torch.tensor(weight).to("gpu") if "weight" in kinds else weight,
+            torch.tensor(stepped).to("gpu") if "stepped" in kinds else stepped,
+        )
+        moved.load_state_dict(device.state_dict(), torch.device("gpu"))
+        device.load_state_dict(moved.state_dict(), torch.device("gpu"))
+    on_host = WeightedMean()
+    on_host.load_state_dict(device.state_dict(), torch.device("cpu"))
+    return host.compute(), device.compute(), on_host.compute()
+
+
+@pytest.mark.parametrize("kinds", ["", "weight", "stepped", "weight and stepped"])
+def test_means_on_the_device_are_those_of_the_host(kinds):
+    torch.manual_seed(0)
+    values = [
+        (torch.randn(()).item(), int(weight), bool(torch.rand(()) < 0.7))
+        for weight in torch.randint(0, 5, (40,))
+    ]
+    host, device, on_host = on_device(means_of, values, kinds)
+    assert device == pytest.approx(host, rel=1e-12) and on_host == device

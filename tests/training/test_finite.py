@@ -58,8 +58,9 @@ def test_complex_numbers_are_checked():
 @pytest.mark.parametrize("device", DEVICES)
 def test_checks_read_nothing_and_hold_no_graph(device):
     image = torch.rand(2, 3, 8, 8, device=device, requires_grad=True)
+    parts = {"s2": [image]}, image, image * 2, image.mean()
     with HostReads() as reads:
-        checks = finite_checks({"s2": [image]}, image, image * 2, image.mean())
+        checks = finite_checks(dict(zip(CHECKED, parts, strict=True)))
     assert reads.count == 0 and tuple(checks) == CHECKED
     assert not any(check.requires_grad for check in checks.values())
     assert all(check.device.type == device for check in checks.values())
@@ -67,15 +68,17 @@ def test_checks_read_nothing_and_hold_no_graph(device):
 
 def test_integer_labels_have_no_check():
     parts = torch.rand(2), torch.zeros(2, dtype=torch.uint8), torch.rand(2), torch.tensor(0.5)
-    assert tuple(finite_checks(*parts)) == ("input", "output", "loss")
+    checks = finite_checks(dict(zip(CHECKED, parts, strict=True)))
+    assert tuple(checks) == ("input", "output", "loss")
 
 
 @given(st.lists(st.booleans(), min_size=4, max_size=4))
 def test_the_first_bad_part_is_the_culprit(fine):
     parts = [torch.tensor(1.0 if good else math.nan) for good in fine]
     expected = next((name for name, good in zip(CHECKED, fine, strict=True) if not good), None)
-    assert first_bad(finite_checks(*parts)) == expected
-    assert first_bad(dict(reversed(finite_checks(*parts).items()))) == expected
+    checks = finite_checks(dict(zip(CHECKED, parts, strict=True)))
+    assert first_bad(checks) == expected
+    assert first_bad(dict(reversed(checks.items()))) == expected
 
 
 def test_every_culprit_has_a_hint():

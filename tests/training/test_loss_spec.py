@@ -200,7 +200,7 @@ def test_labels_outside_the_classes_are_no_empty_batch():
 
 
 def table_of(weight):
-    return None if weight is None else HostTable(lambda: weight)
+    return None if weight is None else HostTable(lambda: weight).numbers()
 
 
 def test_class_weights_that_change_are_read_again():

@@ -41,22 +41,18 @@ def finite_sum(value: Any) -> Tensor | None:
     found = [part for item in value if (part := finite_sum(item)) is not None]
     return torch.stack([part.float() for part in found]).sum() if found else None
 
-# %% ../../nbs/training/49_finite.ipynb #finite-011
+# %% ../../nbs/training/49_finite.ipynb #finite-n011
 CHECKED = ("input", "target", "output", "loss")  # in the order of cause and effect
 
 
-def finite_checks(inputs: Any, target: Any, output: Any, loss: Tensor) -> dict[str, Tensor]:
-    """Return a batch's checks by name, in the order of `CHECKED`.
+def finite_checks(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the checks of some of a batch's parts by name.
 
     Each is a scalar tensor that is finite if its part is. Parts without floating-point numbers,
     such as integer labels, are left out.
     """
-    checks = {}
-    for name, part in (("input", inputs), ("target", target), ("output", output)):
-        if (total := finite_sum(part)) is not None:
-            checks[name] = total
-    checks["loss"] = loss.detach()
-    return checks
+    sums = ((name, finite_sum(part)) for name, part in parts.items())
+    return {name: total for name, total in sums if total is not None}
 
 # %% ../../nbs/training/49_finite.ipynb #finite-012
 def first_bad(checks: Mapping[str, Tensor]) -> str | None:

@@ -27,7 +27,7 @@ def kind_of(buffer: Tensor | None) -> tuple[Any, ...] | None:
         return None
     return buffer.shape, buffer.dtype, buffer.device
 
-# %% ../../nbs/training/55_step.ipynb #step-n013
+# %% ../../nbs/training/55_step.ipynb #step-n010
 class FlatCopy:
     """A copy of the buffers of one type and device, in one flat tensor.
 
@@ -69,7 +69,7 @@ class FlatCopy:
                 buffer.copy_(torch.where(stepped, buffer, part))
             return
         now = torch.cat([buffer.reshape(-1) for buffer, _ in pairs])
-        self.flat.copy_(torch.where(stepped, now, self.flat))
+        torch.where(stepped, now, self.flat, out=self.flat)
         _foreach_copy_([buffer for buffer, _ in pairs], self.parts)
 
 # %% ../../nbs/training/55_step.ipynb #step-n012
@@ -221,21 +221,23 @@ def decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
     is_one_gpu = len(devices) == 1 and devices.pop().type != "cpu"
     return is_one_gpu and all(group.get("fused") for group in groups)
 
-# %% ../../nbs/training/55_step.ipynb #step-028
+# %% ../../nbs/training/55_step.ipynb #step-n035
 def step_on_device(optimizer: torch.optim.Optimizer, stepped: Tensor) -> None:
     """Let a fused optimizer take its step, unless a boolean scalar on the device is false."""
     fused: Any = optimizer  # whose state and two attributes have no public type
     groups = [group for group in fused.param_groups if group.get("momentum")]
     momentum = [p for group in groups for p in group["params"]]
     fresh = [p for p in momentum if "momentum_buffer" not in fused.state.get(p, {})]
-    fused.grad_scale, fused.found_inf = None, (~stepped).float()  # as GradScaler does
+    skips = torch.empty_like(stepped, dtype=torch.float32)
+    fused.grad_scale = None  # both as GradScaler does
+    fused.found_inf = torch.logical_not(stepped, out=skips)
     fused.step()
     del fused.grad_scale, fused.found_inf
     for p in fresh:
         if (buffer := fused.state.get(p, {}).get("momentum_buffer")) is not None:
             buffer.copy_(torch.where(stepped, buffer, 0.0))
 
-# %% ../../nbs/training/55_step.ipynb #step-n040
+# %% ../../nbs/training/55_step.ipynb #step-n038
 class GuardedOptimizer:
     """An optimizer whose step changes nothing, buffers included, if the gradient is not finite."""
 
@@ -267,7 +269,7 @@ class GuardedOptimizer:
         has_weight = total > 0 if isinstance(total, Tensor) else None
         if self.decides_on_device:
             clip_gradients(gradients, norm, limit)
-            stepped = norm.isfinite() if has_weight is None else norm.isfinite() & has_weight
+            stepped = norm < math.inf if has_weight is None else (norm < math.inf) & has_weight
             step_on_device(self.optimizer, stepped)
             self.buffers.restore_unless(stepped)
             return stepped, False if has_weight is None else ~has_weight
