@@ -5,8 +5,9 @@
 # %% ../nbs/08_means.ipynb #means-n003
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,28 +16,65 @@ from torch import Tensor
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/08_means.ipynb #means-n005
+# %% ../nbs/08_means.ipynb #means-n016
 def precise_zero(like: Tensor) -> Tensor:
     """Return a scalar zero on a tensor's device, in its widest floating-point type."""
     precise = torch.float32 if like.device.type == "mps" else torch.float64
     return torch.zeros((), dtype=precise, device=like.device)
 
-# %% ../nbs/08_means.ipynb #means-n008
-def add_on_device(sums: tuple[Tensor, Tensor], value: Tensor, weight: Any, stepped: Any) -> None:
-    """Add `value * weight` to the first sum and the weight to the second, where they count.
 
-    `weight` or `stepped` is a tensor. Products and sums have the precision of the sums.
-    """
-    total, weights = sums
+@functools.lru_cache
+def known_zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a scalar zero that was made before: on a GPU, making one costs a launch."""
+    return torch.zeros((), dtype=dtype, device=device)
+
+# %% ../nbs/08_means.ipynb #means-n018
+def add_masked(total: Tensor, value: Tensor, weight: Tensor | float, counts: Tensor) -> None:
+    """Add `value * weight` to a total in place, in its precision, where a boolean is true."""
     if isinstance(weight, Tensor):
-        weight = weight.to(total.dtype) * stepped
-        total += torch.where(weight > 0, value * weight, 0.0)
-        weights += weight
+        total += torch.where(counts, value * weight.to(total.dtype), 0.0)
     else:
-        total.add_(torch.where(stepped, value, torch.zeros_like(value)), alpha=weight)
-        weights.add_(stepped, alpha=weight)
+        zero = known_zero(value.dtype, value.device)
+        total.add_(torch.where(counts, value, zero), alpha=weight)
+
+# %% ../nbs/08_means.ipynb #means-n021
+class LateWeights:
+    """The weights of steps of which only the device knows whether they were taken."""
+
+    size = 256  # steps to add at once
+
+    def __init__(self, pairs: Iterable[Sequence[Any]] = ()) -> None:
+        self.pairs = [(weight, stepped) for weight, stepped in pairs]
+
+    def add(self, weight: float, stepped: Tensor) -> Tensor | float:
+        """Add a step; return what is to be added to the sum now."""
+        self.pairs.append((weight, stepped))
+        return self.take() if len(self.pairs) == self.size else 0.0
+
+    def take(self) -> Tensor | float:
+        """Return the sum of the weights that count, on their device, and forget them."""
+        if not self.pairs:
+            return 0.0
+        weights, flags = zip(*self.pairs, strict=True)
+        device = next((flag.device for flag in flags if isinstance(flag, Tensor)), None)
+        stepped = torch.stack([torch.as_tensor(flag, device=device) for flag in flags])
+        numbers = torch.tensor(weights, dtype=precise_zero(stepped).dtype)
+        self.pairs = []
+        return (numbers.to(stepped.device, non_blocking=True) * stepped).sum()
+
+    def state(self) -> list[list[Any]]:
+        """Return weights and outcomes as plain values, after a read of the device."""
+        return [[weight, bool(stepped)] for weight, stepped in self.pairs]
 
 # %% ../nbs/08_means.ipynb #means-n015
+def sum_on(value: Any, device: torch.device | None) -> Any:
+    """Return a saved sum for use on a device: a number for the CPU, or else a copy."""
+    if not isinstance(value, Tensor):
+        return value
+    on_host = device is None or device.type == "cpu"
+    return value.item() if on_host else value.to(device, copy=True)
+
+# %% ../nbs/08_means.ipynb #means-n024
 class WeightedMean:
     """The mean of values that are themselves means, each weighted by its divisor.
 
@@ -47,6 +85,7 @@ class WeightedMean:
     def __init__(self) -> None:
         self.total: Any = None  # a number or a tensor, once there is a value
         self.weight: Any = 0.0
+        self.late = LateWeights()
 
     def update(
         self, value: Tensor, weight: Tensor | float = 1.0, stepped: Tensor | bool = True
@@ -62,23 +101,31 @@ class WeightedMean:
         stepped
             Whether the value's optimizer step was taken. A skipped step adds nothing.
         """
-        if value.is_cpu:
-            counts = float(weight) if stepped else 0.0
-            self.total = 0.0 if self.total is None else self.total
-            if counts:
-                self.total, self.weight = self.total + value.item() * counts, self.weight + counts
-            return
+        if not value.is_cpu:
+            return self.update_on_device(value.detach(), weight, stepped)
+        self.total = 0.0 if self.total is None else self.total
+        if stepped and weight:
+            weight = float(weight)
+            self.total, self.weight = self.total + value.item() * weight, self.weight + weight
+
+    def update_on_device(self, value: Tensor, weight: Any, stepped: Any) -> None:
+        """Add a value that the host does not read."""
         if not isinstance(self.total, Tensor):
             self.total = precise_zero(value) + (self.total or 0.0)
-        if isinstance(weight, Tensor) or (isinstance(stepped, Tensor) and weight):
-            self.weight = torch.as_tensor(self.weight).to(self.total, non_blocking=True)
-            add_on_device((self.total, self.weight), value.detach(), weight, stepped)
-        elif weight and stepped:
-            self.total.add_(value.detach(), alpha=weight)
+        if isinstance(weight, Tensor):
+            counts = (weight > 0) & stepped
+            add_masked(self.total, value, weight, counts)
+            self.weight = self.weight + weight.to(self.total.dtype) * counts
+        elif isinstance(stepped, Tensor) and weight:
+            add_masked(self.total, value, weight, stepped)
+            self.weight = self.weight + self.late.add(weight, stepped)
+        elif stepped and weight:
+            self.total.add_(value, alpha=weight)
             self.weight = self.weight + weight
 
     def sums(self) -> tuple[float, float]:
         """Return the weighted sum of the values and the sum of the weights, as plain numbers."""
+        self.weight = self.weight + self.late.take()
         return 0.0 if self.total is None else float(self.total), float(self.weight)
 
     def compute(self) -> float:
@@ -86,18 +133,12 @@ class WeightedMean:
         total, weight = self.sums()
         return total / weight if weight else math.nan
 
-    def state_dict(self) -> dict[str, Tensor | float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the sums."""
-        return {"total": self.total, "weight": self.weight}
+        late = {"late": self.late.state()} if self.late.pairs else {}
+        return {"total": self.total, "weight": self.weight} | late
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
         """Restore saved sums, on a device."""
-        self.total, self.weight = state["total"], state["weight"]
-        if device is None or device.type == "cpu":
-            self.total = None if self.total is None else float(self.total)
-            self.weight = float(self.weight)
-        else:
-            self.total, self.weight = (
-                value.to(device, copy=True) if isinstance(value, Tensor) else value
-                for value in (self.total, self.weight)
-            )
+        self.late = LateWeights(state.get("late", ()))
+        self.total, self.weight = (sum_on(state[name], device) for name in ("total", "weight"))

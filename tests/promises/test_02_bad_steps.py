@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 
 from small import (
     At,
-    HostReads,
     Named,
     make_batches,
     make_trainer,
@@ -213,30 +212,3 @@ def test_an_exploding_loss_is_described_from_its_beginning():
         TrainingDiverged, match=r"grew from step 7 on: .* norms were .* before, and .* after"
     ):
         trainer.fit(1)
-
-
-# The host does not wait.
-
-
-def reads_of_a_fit(steps, **settings):
-    trainer = make_trainer(make_batches(steps, side=4), **settings)
-    with HostReads() as reads:
-        trainer.fit(1)
-    return reads.count
-
-
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("optimizer", ["device", "device SGD"])
-def test_fused_steps_read_nothing_from_the_device(optimizer, accumulation):
-    settings = {"optimizer": OPTIMIZERS[optimizer], "accumulation_steps": accumulation}
-    few, many = reads_of_a_fit(8, **settings), reads_of_a_fit(64, **settings)
-    assert few == many
-
-
-def test_other_steps_read_one_number_each():
-    """SGD, because AdamW reads its own step counters on the CPU."""
-    for accumulation in (1, 4):
-        sgd = lambda p: torch.optim.SGD(p, lr=0.02)
-        settings = {"optimizer": sgd, "accumulation_steps": accumulation}
-        few, many = reads_of_a_fit(8, **settings), reads_of_a_fit(64, **settings)
-        assert many - few == (64 - 8) / accumulation

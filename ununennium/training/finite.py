@@ -14,7 +14,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/training/49_finite.ipynb #finite-006
+# %% ../../nbs/training/49_finite.ipynb #finite-n006
 def finite_sum(value: Any) -> Tensor | None:
     """Return a scalar tensor that is finite if every number in `value` is.
 
@@ -32,8 +32,9 @@ def finite_sum(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         if not (value.is_floating_point() or value.is_complex()):
             return None
+        value = value.detach()
         # float16 sums overflow early
-        return value.detach().sum(dtype=torch.float32 if value.dtype.itemsize == 2 else None)
+        return value.sum(dtype=torch.float32) if value.dtype.itemsize == 2 else value.sum()
     if isinstance(value, Mapping):
         value = list(value.values())
     if not isinstance(value, (tuple, list)):
@@ -41,7 +42,7 @@ def finite_sum(value: Any) -> Tensor | None:
     found = [part for item in value if (part := finite_sum(item)) is not None]
     return torch.stack([part.float() for part in found]).sum() if found else None
 
-# %% ../../nbs/training/49_finite.ipynb #finite-n011
+# %% ../../nbs/training/49_finite.ipynb #finite-n012
 CHECKED = ("input", "target", "output", "loss")  # in the order of cause and effect
 
 
@@ -51,8 +52,11 @@ def finite_checks(parts: Mapping[str, Any]) -> dict[str, Tensor]:
     Each is a scalar tensor that is finite if its part is. Parts without floating-point numbers,
     such as integer labels, are left out.
     """
-    sums = ((name, finite_sum(part)) for name, part in parts.items())
-    return {name: total for name, total in sums if total is not None}
+    checks = {}
+    for name, part in parts.items():
+        if (total := finite_sum(part)) is not None:
+            checks[name] = total
+    return checks
 
 # %% ../../nbs/training/49_finite.ipynb #finite-012
 def first_bad(checks: Mapping[str, Tensor]) -> str | None:

@@ -20,29 +20,50 @@ from .precision import Precision
 # %% auto #0
 __all__ = ['Step', 'Stepper', 'TrainingDiverged']
 
-# %% ../../nbs/training/55_step.ipynb #step-n007
+# %% ../../nbs/training/55_step.ipynb #step-n013
 def kind_of(buffer: Tensor | None) -> tuple[Any, ...] | None:
     """Return what must be equal to copy a buffer in place; None for one that is not guarded."""
     if buffer is None or not buffer.numel() or 0 in buffer.stride():  # expanded: not writable
         return None
     return buffer.shape, buffer.dtype, buffer.device
 
-# %% ../../nbs/training/55_step.ipynb #step-n010
+
+def version_of(buffer: Tensor | None) -> int:
+    """Return how often a buffer was changed in place."""
+    return 0 if buffer is None else buffer._version
+
+# %% ../../nbs/training/55_step.ipynb #step-n019
+def as_words(buffer: Tensor) -> Tensor:
+    """Return the elements of a buffer in one dimension, as 32-bit words if they are no smaller."""
+    flat = buffer.reshape(-1)
+    return flat.view(torch.int32) if buffer.element_size() >= 4 else flat
+
+
+def write_words(buffers: list[Any], words: list[Tensor]) -> None:
+    """Write into buffers what `as_words` has read from them."""
+    targets = [as_words(buffer) for buffer in buffers]
+    _foreach_copy_(targets, words)
+    for buffer, target in zip(buffers, targets, strict=True):
+        if not buffer.is_contiguous():  # then it was copied, not viewed
+            buffer.copy_(target.view(buffer.dtype).view(buffer.shape))
+
+# %% ../../nbs/training/55_step.ipynb #step-n024
 class FlatCopy:
-    """A copy of the buffers of one type and device, in one flat tensor.
+    """A copy of the buffers of one device, in one flat tensor of words.
 
     Parameters
     ----------
     places
         Where the buffers are: the dictionary of a module, and a name.
+    kinds
+        What `kind_of` returns for each.
     """
 
-    def __init__(self, places: list[tuple[dict[str, Any], str]]) -> None:
-        self.places = places
-        now = self.buffers()
-        self.flat = torch.cat([buffer.detach().reshape(-1) for buffer in now])
-        parts = self.flat.split([buffer.numel() for buffer in now])
-        self.parts = [part.view(buffer.shape) for part, buffer in zip(parts, now, strict=True)]
+    def __init__(self, places: list[tuple[dict[str, Any], str]], kinds: list[Any]) -> None:
+        self.places, self.kinds = places, kinds
+        words = [as_words(buffer.detach()) for buffer in self.buffers()]
+        self.flat = torch.cat(words)
+        self.parts = list(self.flat.split([len(part) for part in words]))
 
     def buffers(self) -> list[Any]:
         """Return the buffers as they are now."""
@@ -50,29 +71,29 @@ class FlatCopy:
 
     def keep(self) -> None:
         """Copy the buffers, whose shapes have not changed."""
-        torch.cat([buffer.reshape(-1) for buffer in self.buffers()], out=self.flat)
+        torch.cat([as_words(buffer) for buffer in self.buffers()], out=self.flat)
 
     def restore(self) -> None:
-        """Restore the buffers."""
-        for (buffers, name), now, part in zip(self.places, self.buffers(), self.parts, strict=True):
-            if kind_of(now) == kind_of(part):
-                now.copy_(part)
+        """Restore the buffers; a copy takes the place of one that has another shape now."""
+        for place, kind, part in zip(self.places, self.kinds, self.parts, strict=True):
+            buffers, name = place
+            if kind_of(buffers.get(name)) == kind:
+                write_words([buffers[name]], [part])
             else:
-                buffers[name] = part.clone()
+                buffers[name] = part.clone().view(kind[1]).view(kind[0])
 
     def restore_unless(self, stepped: Tensor) -> None:
         """Restore the buffers if a boolean scalar is false, but not those of another shape."""
-        pairs = [(b, p) for b, p in zip(self.buffers(), self.parts, strict=True)]
-        pairs = [(b, p) for b, p in pairs if kind_of(b) == kind_of(p)]
-        if len(pairs) < len(self.parts):
-            for buffer, part in pairs:
-                buffer.copy_(torch.where(stepped, buffer, part))
+        now = self.buffers()
+        fits = [kind_of(b) == kind for b, kind in zip(now, self.kinds, strict=True)]
+        if all(fits):
+            torch.where(stepped, torch.cat(list(map(as_words, now))), self.flat, out=self.flat)
+            write_words(now, self.parts)
             return
-        now = torch.cat([buffer.reshape(-1) for buffer, _ in pairs])
-        torch.where(stepped, now, self.flat, out=self.flat)
-        _foreach_copy_([buffer for buffer, _ in pairs], self.parts)
+        for buffer, part in ((b, p) for b, p, f in zip(now, self.parts, fits, strict=True) if f):
+            write_words([buffer], [torch.where(stepped, as_words(buffer), part)])
 
-# %% ../../nbs/training/55_step.ipynb #step-n012
+# %% ../../nbs/training/55_step.ipynb #step-n027
 class BufferGuard:
     """Copies a model's buffers, and restores them after a skipped step."""
 
@@ -82,28 +103,39 @@ class BufferGuard:
 
     @torch.no_grad()
     def copy_all(self) -> None:
-        """List the buffers by type, and copy them."""
+        """List the buffers, and copy them."""
         # PyTorch's own dictionary: getattr would search the parameters first, at every step
         self.places = [(m._buffers, name) for m in self.model.modules() for name in m._buffers]
-        self.kinds, groups = self.kinds_now(), {}
+        self.kinds, groups = list(map(kind_of, self.buffers())), {}
         for place, kind in zip(self.places, self.kinds, strict=True):
             if kind is not None:
-                groups.setdefault(kind[1:], []).append(place)
-        self.copies = [FlatCopy(places) for places in groups.values()]
+                is_small = kind[1].itemsize < 4  # as_words leaves its type
+                groups.setdefault((kind[2], is_small and kind[1]), []).append((place, kind))
+        self.copies = [FlatCopy(*map(list, zip(*group, strict=True))) for group in groups.values()]
+        self.note()
 
-    def kinds_now(self) -> list[tuple[Any, ...] | None]:
-        """Return the kinds of all buffers."""
-        return [kind_of(buffers.get(name)) for buffers, name in self.places]
+    def buffers(self) -> list[Any]:
+        """Return the buffers as they are now."""
+        return [buffers.get(name) for buffers, name in self.places]
+
+    def note(self) -> None:
+        """Note that buffers and copies are equal."""
+        self.equal = [(buffer, version_of(buffer)) for buffer in self.buffers()]
 
     def keep(self) -> None:
-        """Copy the buffers."""
+        """Copy the buffers, unless nothing has changed them."""
         if not self.places:
             return
-        if self.kinds_now() != self.kinds:
+        now = self.buffers()
+        known = zip(now, self.equal, strict=True)
+        if all(buffer is old and version_of(buffer) == version for buffer, (old, version) in known):
+            return
+        if list(map(kind_of, now)) != self.kinds:
             return self.copy_all()
         with torch.no_grad():
             for copy in self.copies:
                 copy.keep()
+        self.note()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -116,6 +148,7 @@ class BufferGuard:
         """Restore all buffers if a boolean scalar is false, without reading it on the host."""
         for copy in self.copies:
             copy.restore_unless(stepped)
+        self.note()
 
 # %% ../../nbs/training/55_step.ipynb #step-n017
 def check_dense(gradients: list[Tensor]) -> None:

@@ -144,7 +144,7 @@ class Task:
         """Compute the batch's losses; return output and target on the device."""
         return run_forward(self, batch)
 
-# %% ../../nbs/training/50_task.ipynb #task-n018
+# %% ../../nbs/training/50_task.ipynb #task-n017
 def run_forward(task: Task, batch: MicroBatch) -> tuple[Any, Any]:
     """Fill in `batch.losses`, in training mode also `batch.checks`; return output and target."""
     inputs, target = to_device(batch.inputs, task.device), to_device(batch.target, task.device)
@@ -156,8 +156,10 @@ def run_forward(task: Task, batch: MicroBatch) -> tuple[Any, Any]:
     if batch.is_idle:  # the mean over no samples is NaN
         batch.losses = {name: value.nan_to_num(0.0) for name, value in batch.losses.items()}
     if task.model.training:  # a validation loss is reported as it is
-        parts = {"input": inputs, "target": target} if task.checks_input else {}
-        batch.checks = finite_checks(parts | {"output": output})
+        parts = {"output": output}
+        if task.checks_input:
+            parts |= {"input": inputs, "target": target}
+        batch.checks = finite_checks(parts)
     return output, target
 
 # %% ../../nbs/training/50_task.ipynb #task-015
