@@ -10,9 +10,9 @@ matrix. The model, the data and their order are the same, too.
 Every run has a process of its own, on one thread. A round trains each workload once with every
 contender, so whatever else the machine does hits all of them. A ratio is that of a contender's time
 to the hand-written loop's in the same round; the table has their median and, in brackets, the
-quartiles. The control is the hand-written loop once more: what is noise. A cell says so if the
-final parameters are not bitwise those of the hand-written loop. The last column is the time to
-import a library when PyTorch has been imported.
+quartiles. The control is the hand-written loop once more: what is noise. The last column is the
+time to import a library when PyTorch has been imported. A list says whose final parameters are not
+bitwise those of the hand-written loop.
 
 The results grow round by round in a file. Start the command again to go on where it was stopped, or
 to add rounds. If the code or a version has changed, all rounds are run again.
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .contenders import CONTENDERS, HAND, TAILS
-from .results import ROOT, Results, facts, table, version_of
+from .results import ROOT, Results, differences, facts, table, version_of
 from .workloads import WORKLOADS
 
 
@@ -147,7 +147,8 @@ def main() -> None:
         results.load()
     run(results, options.rounds, options.only or ["/"], options.threads)
     results.finish()
-    print(table(json.loads(results.path.read_text())))
+    content = json.loads(results.path.read_text())
+    print(f"{table(content)}\n\nParameters that are not bitwise equal:\n{differences(content)}")
     if missing := [name for name, version in results.facts["versions"].items() if not version]:
         print(f"\nNot installed: {', '.join(missing)}.")
 

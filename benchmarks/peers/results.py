@@ -122,11 +122,9 @@ def imports(all_rounds: dict[str, list[dict]], contender: str) -> list[float]:
 
 
 def cell(rounds: list[dict], contender: str) -> str:
-    """Return a table's cell: median and quartiles, and whether the parameters differ."""
+    """Return a table's cell: median and quartiles, or why there are none."""
     if values := ratios(rounds, contender):
-        notes = {r[contender].get("parameters", "") for r in rounds if contender in r}
-        note = ", ".join(sorted(notes - {"bitwise equal", ""}))
-        return f"{spread(values)}" + (f"; {note}" if note else "")
+        return str(spread(values))
     runs = [r[contender] for r in rounds if contender in r]
     return runs[-1].get("failed", "") if runs else ""
 
@@ -152,3 +150,15 @@ def table(content: dict) -> str:
         cells.append(f"{statistics.median(seconds):.2f} s" if is_library else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def differences(content: dict) -> str:
+    """Return a list of whose final parameters differ from the hand-written loop's, and how."""
+    found: dict[str, list[str]] = {}
+    for workload, rounds in content["rounds"].items():
+        for name in CONTENDERS:
+            notes = {r[name].get("parameters", "bitwise equal") for r in rounds if name in r}
+            if note := ", or ".join(sorted(notes - {"bitwise equal"})):
+                found.setdefault(name, []).append(f"{note} ({workload})")
+    lines = [f"- {name}: {'; '.join(notes)}" for name, notes in found.items()]
+    return "\n".join(lines or ["- nobody's"])
