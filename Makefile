@@ -4,18 +4,21 @@
 # make check  lint, format and types, in seconds
 # make failures  let one of two processes fail in 21 ways, for a few minutes
 # make nullcuda  test what surrounds a GPU's kernels, without a GPU; 5 GB to install
+# make bench  compare speed with a loop written by hand and with other libraries, for over an hour
 # make golden compare 49 runs with those of the last commit, bit by bit
 # make export write the package and the README from the notebooks
 
 PYTHON ?= python3
 VENV ?= .venv
 NULLCUDA := .venv-nullcuda
+BENCH := .venv-bench
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+BENCH_INSTALL := $(BENCH)/bin/python -m pip install --disable-pip-version-check --quiet -c $(BENCH)/torch.txt
 ALONE := tests/kernels tests/notebook tests/browser
 SETTINGS := settings.ini pyproject.toml setup.py constraints.txt
 
-.PHONY: demo lab test check failures nullcuda golden export notebooks clean
+.PHONY: demo lab test check failures nullcuda bench golden export notebooks clean
 
 demo: $(VENV)/.notebook
 	$(BIN)/python tools/demo.py
@@ -46,6 +49,12 @@ failures: $(VENV)/.dev
 # PyTorch's build for CUDA, with a GPU that computes nothing. Not in CI, because of its size.
 nullcuda: $(NULLCUDA)/.installed
 	$(NULLCUDA)/bin/python tests/nullcuda/launch.py -m pytest tests/nullcuda
+
+# Options go into BENCH_OPTIONS: make bench BENCH_OPTIONS='--rounds 3 --only U-Net'. It can be stopped
+# and started again.
+bench: $(BENCH)/.installed $(VENV)/.notebook
+	$(BENCH)/bin/python -m benchmarks.peers $(BENCH_OPTIONS)
+	$(BIN)/python tools/run_notebooks.py benchmarks/report.ipynb
 
 # The referee: 49 small runs, compared bit by bit with the last commit.
 golden: $(VENV)/.dev
@@ -87,5 +96,20 @@ $(NULLCUDA)/.installed: $(NULLCUDA)/.python $(SETTINGS)
 	  $$(sed -n 's/^torch==/torch===/p' constraints.txt) -e '.[notebook]' pytest
 	@touch $@
 
+# Other libraries have an environment of their own, with the same PyTorch. One that cannot be installed
+# is left out. A torchvision that was built for GPUs does not load beside a PyTorch that was not; nobody
+# here needs it.
+$(BENCH)/.installed: $(BENCH)/.python $(SETTINGS) benchmarks/requirements-peers.txt
+	@echo "Installing other libraries into $(BENCH) (some minutes the first time) ..."
+	grep '^torch==' constraints.txt > $(BENCH)/torch.txt
+	$(BENCH_INSTALL) torch -e .
+	@for peer in $$(grep -v '^#' benchmarks/requirements-peers.txt); do \
+	  $(BENCH_INSTALL) $$peer || echo "$$peer cannot be installed and is left out."; \
+	done
+	@! $(BENCH)/bin/python -m pip show --quiet torchvision 2>/dev/null || \
+	  $(BENCH)/bin/python -c 'import torchvision' 2>/dev/null || \
+	  $(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(NULLCUDA) _demo build dist *.egg-info
+	rm -rf $(VENV) $(NULLCUDA) $(BENCH) _demo build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The trainer, the same loop written by hand, and the same training with other libraries."""
