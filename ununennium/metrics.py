@@ -126,7 +126,7 @@ class PairCounts:
             self.pairs, self.pixels = [], 0
         return self.total
 
-# %% ../nbs/10_metrics.ipynb #metrics-n028
+# %% ../nbs/10_metrics.ipynb #metrics-n017
 def aligned(
     output: Tensor, target: Tensor, ignore_index: int | None
 ) -> tuple[Tensor, Tensor, int | None]:
@@ -143,7 +143,8 @@ def aligned(
     """
     if output.shape == target.shape and target.shape[1:2] != (1,):
         output, target = output.unsqueeze(1), target.unsqueeze(1)
-    truth = target.reshape(output.shape[:1] + output.shape[2:])
+    shape = output.shape[:1] + output.shape[2:]
+    truth = target if target.shape == shape else target.reshape(shape)
     if truth.is_floating_point():
         truth, ignore_index = hard_labels(truth, ignore_index), -2
     return truth, predicted_classes(output), ignore_index

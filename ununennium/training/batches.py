@@ -21,7 +21,7 @@ from .labels import LabelLook
 # %% auto #0
 __all__ = ['unpack', 'prediction', 'MicroBatch', 'AccumulationWindows']
 
-# %% ../../nbs/training/40_batches.ipynb #batches-006
+# %% ../../nbs/training/40_batches.ipynb #batches-n006
 def unpack(batch: Any) -> tuple[Any, Any]:
     """Split a batch into the model's input and the loss's target.
 
@@ -36,6 +36,8 @@ def unpack(batch: Any) -> tuple[Any, Any]:
     ValueError
         If the batch is of another kind.
     """
+    if type(batch) in (tuple, list) and len(batch) == 2:
+        return batch[0], batch[1]
     if isinstance(batch, Mapping):
         target_key = next((key for key in ("mask", "label") if key in batch), None)
         if "image" in batch and target_key:
@@ -47,7 +49,7 @@ def unpack(batch: Any) -> tuple[Any, Any]:
         )
     if hasattr(batch, "images") and hasattr(batch, "labels"):
         return batch.images, batch.labels
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:  # a named tuple
         return batch[0], batch[1]
     kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
     raise ValueError(
@@ -94,7 +96,7 @@ def quote_names(names: tuple[str, list[str]] | None, rows: list[int] | None = No
     more = f" and {len(chosen) - 5} more" if len(chosen) > 5 else ""
     return f"{names[0]} {', '.join(chosen[:5])}{more}"
 
-# %% ../../nbs/training/40_batches.ipynb #batches-014
+# %% ../../nbs/training/40_batches.ipynb #batches-n014
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Call a function for each tensor, and return the results in the same structure.
 
@@ -119,6 +121,8 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Return `value` with all tensors on a device; see `map_tensors`."""
+    if isinstance(value, Tensor):  # nearly always
+        return value.to(device, non_blocking=True)
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 # %% ../../nbs/training/40_batches.ipynb #batches-017

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/62_epoch.ipynb #epoch-n004
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..means import WeightedMean
+from ..means import WeightedMean, named_means
 from ..sampling import group_batch_size, samples_done
 from .batches import AccumulationWindows, MicroBatch
 from .loader import ResumableLoader
@@ -58,7 +59,7 @@ class OpenEpoch:
     windows: AccumulationWindows | None = None
     position: dict[str, Any] = field(default_factory=dict)
     window: list[MicroBatch] = field(default_factory=list)
-    means: dict[str, WeightedMean] = field(default_factory=lambda: {"loss": WeightedMean()})
+    means: defaultdict[str, WeightedMean] = field(default_factory=named_means)
     batches: int = 0
     empty: int | Tensor = 0
     is_broken: bool = False
@@ -88,8 +89,7 @@ class OpenEpoch:
         self.window = []
         for batch in step.used:
             for name, value in batch.losses.items():
-                mean = self.means.setdefault(name, WeightedMean())
-                mean.update(value, batch.weight, step.stepped)
+                self.means[name].update(value, batch.weight, step.stepped)
         if self.lockstep.ranks.size > 1:
             self.example = next((batch for batch in step.used if not batch.is_idle), self.example)
 
@@ -123,7 +123,7 @@ def epoch_state(epoch: OpenEpoch, loader: ResumableLoader) -> dict[str, Any]:
         "samples": samples_done(loader.loader, epoch.read, is_over),
     }
 
-# %% ../../nbs/training/62_epoch.ipynb #epoch-016
+# %% ../../nbs/training/62_epoch.ipynb #epoch-n018
 def load_epoch(state: dict[str, Any], device: torch.device) -> OpenEpoch:
     """Return the open epoch that a checkpoint stored, with its running sums on a device."""
     epoch = OpenEpoch(
@@ -134,7 +134,7 @@ def load_epoch(state: dict[str, Any], device: torch.device) -> OpenEpoch:
         inherited=tuple(state.get("inherited", (0, 0))),
     )
     for name, mean in state["means"].items():
-        epoch.means.setdefault(name, WeightedMean()).load_state_dict(mean, device)
+        epoch.means[name].load_state_dict(mean, device)
     return epoch
 
 # %% ../../nbs/training/62_epoch.ipynb #epoch-019

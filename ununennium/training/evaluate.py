@@ -5,8 +5,7 @@
 # %% ../../nbs/training/52_evaluate.ipynb #evaluate-n003
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..distributed import mean_over_ranks
 from ..ranks import Ranks, agreed
-from ..means import WeightedMean
+from ..means import WeightedMean, named_means
 from ..metrics import ConfusionMatrix, MetricSet
 from ..metrics import check_mergeable, syncs_itself
 from .batches import MicroBatch, open_iterator, prediction
@@ -66,29 +65,60 @@ def compare_ignored(metrics: MetricSet | None, ignore_index: int | None) -> None
                 f"Build it with ignore_index={ignore_index}."
             )
 
-# %% ../../nbs/training/52_evaluate.ipynb #evaluate-012
-def warn_of_validation(
-    losses: list[tuple[int, Tensor]], used: float, ignore_index: int | None
-) -> None:
-    """Warn if no batch was `used` on any rank, or if the loss of a numbered batch is not finite."""
+# %% ../../nbs/training/52_evaluate.ipynb #evaluate-n012
+class BadLosses:
+    """Counts the losses of a pass that are not finite, and remembers the first."""
+
+    size = 256  # losses to look at together
+
+    def __init__(self) -> None:
+        self.used, self.pending = 0, []
+        self.count: Any = 0  # these become tensors on a device
+        self.first: Any = None
+
+    def add(self, number: int, loss: Tensor) -> None:
+        """Add the loss of a numbered batch, a scalar that the host does not read."""
+        self.used += 1
+        self.pending.append((number, loss))
+        if len(self.pending) == self.size:
+            self.fold()
+
+    def fold(self) -> None:
+        """Count the pending losses where they are."""
+        if not self.pending:
+            return
+        numbers, losses = zip(*self.pending, strict=True)
+        bad = ~torch.stack(losses).isfinite()
+        numbers = torch.tensor(numbers).to(bad.device, non_blocking=True)
+        first = torch.where(bad, numbers, numbers[-1] + 1).min()
+        # Numbers grow: an earlier first is the smaller one, and without a bad one there is none.
+        self.first = first if self.first is None else torch.where(self.count > 0, self.first, first)
+        self.count = self.count + bad.sum()
+        self.pending = []
+
+    def read(self) -> tuple[int, int]:
+        """Return how many were not finite, and the number of the first."""
+        self.fold()
+        return (0, 0) if self.first is None else (int(self.count), int(self.first))
+
+# %% ../../nbs/training/52_evaluate.ipynb #evaluate-n014
+def warn_of_validation(losses: BadLosses, used: float, ignore_index: int | None) -> None:
+    """Warn if no batch was `used` on any rank, or if the loss of a batch is not finite."""
     if not used:
         warn(
             f"No batch of the validation loader has a valid pixel; ignore_index is {ignore_index}."
         )
-    if not losses:
-        return
-    finite = torch.stack([loss for _, loss in losses]).isfinite().tolist()
-    bad = [number for (number, _), fine in zip(losses, finite, strict=True) if not fine]
-    if bad:
-        batches = "1 batch" if len(bad) == 1 else f"{len(bad)} batches"
+    count, first = losses.read()
+    if count:
+        batches = "1 batch" if count == 1 else f"{count} batches"
         warn(
-            f"The validation loss of {batches} is not finite, first at batch index {bad[0]}, so "
+            f"The validation loss of {batches} is not finite, first at batch index {first}, so "
             "val_loss is not finite either. Look for NaN in its images; scores count such "
             "predictions as class 0.",
             of_rank=True,
         )
 
-# %% ../../nbs/training/52_evaluate.ipynb #evaluate-n015
+# %% ../../nbs/training/52_evaluate.ipynb #evaluate-n017
 class ScoringPass:
     """The running sums of one pass over a loader.
 
@@ -102,12 +132,21 @@ class ScoringPass:
 
     def __init__(self, task: Task, metrics: MetricSet | None) -> None:
         self.task, self.metrics = task, metrics
-        self.checks_labels = metrics is None and not task.spec.takes_labels  # else the task did
-        self.means = {"loss": WeightedMean()}
-        self.losses: list[tuple[int, Tensor]] = []
+        self.is_own = metrics is not None
+        self.checks_labels = not self.is_own and not task.spec.takes_labels  # else the task did
+        self.means = named_means()
+        self.losses = BadLosses()
         self.batches = 0
         if metrics is not None:
             metrics.reset(task.device)
+
+    def take(self, raw: Any, number: int) -> None:
+        """Add what the loader gave; name it in an error."""
+        try:
+            self.add(self.task.prepare(raw, number))
+        except (ValueError, TypeError, RuntimeError) as error:
+            name_batch(error, number, raw)
+            raise
 
     def add(self, batch: MicroBatch) -> None:
         """Add a batch's losses, and update the metrics with its predictions."""
@@ -117,9 +156,9 @@ class ScoringPass:
         output, target = self.task.forward(batch)
         if batch.is_empty:
             return
-        self.losses.append((batch.number, batch.losses["loss"]))
+        self.losses.add(batch.number, batch.losses["loss"])
         for name, value in batch.losses.items():
-            self.means.setdefault(name, WeightedMean()).update(value, batch.weight)
+            self.means[name].update(value, batch.weight)
         if self.metrics is None:
             self.metrics = default_metrics(output, target, self.task)
         if not self.metrics.metrics:
@@ -128,9 +167,9 @@ class ScoringPass:
             classes, hint = self.metrics.metrics[""].num_classes, self.task.spec.ignore_hint
             check_labels(batch.target, classes, self.task.ignore_index, hint, batch.labels)
         predicted = prediction(output)
-        self.metrics.update(
-            predicted.float() if isinstance(predicted, Tensor) else predicted, target
-        )
+        if self.is_own and isinstance(predicted, Tensor):
+            predicted = predicted.float()  # metrics of others may not know half precision
+        self.metrics.update(predicted, target)
 
 # %% ../../nbs/training/52_evaluate.ipynb #evaluate-017
 def list_states(metrics: MetricSet | None) -> list[tuple[list[Any], torch.device]]:
@@ -165,17 +204,12 @@ def merge_metrics(ranks: Ranks, metrics: MetricSet | None) -> MetricSet | None:
         merged.metrics[name] = first
     return merged
 
-# %% ../../nbs/training/52_evaluate.ipynb #evaluate-022
-@contextlib.contextmanager
-def batch_named(number: int, raw: Any) -> Iterator[None]:
+# %% ../../nbs/training/52_evaluate.ipynb #evaluate-n024
+def name_batch(error: Exception, number: int, raw: Any) -> None:
     """Add to an error which batch of the validation loader raised it."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError) as error:
-        names = quote_names(sample_names(raw))
-        where = f"This is batch index {number} of the validation loader"
-        add_hint(error, f"{where} ({names})." if names else f"{where}.")
-        raise
+    names = quote_names(sample_names(raw))
+    where = f"This is batch index {number} of the validation loader"
+    add_hint(error, f"{where} ({names})." if names else f"{where}.")
 
 # %% ../../nbs/training/52_evaluate.ipynb #evaluate-025
 def check_names(losses: Iterable[str], scores: Iterable[str]) -> None:
@@ -186,7 +220,7 @@ def check_names(losses: Iterable[str], scores: Iterable[str]) -> None:
             "name in metrics={...}."
         )
 
-# %% ../../nbs/training/52_evaluate.ipynb #evaluate-028
+# %% ../../nbs/training/52_evaluate.ipynb #evaluate-n031
 class Evaluator:
     """Scores a loader, and knows which way each score is better.
 
@@ -232,9 +266,8 @@ class Evaluator:
                 if (other := stand_in(raw)) is not None:
                     task.forward(task.prepare(other, number))
                 if raw is not None:
-                    with batch_named(number, raw):
-                        total.add(task.prepare(raw, number))
-        batches, used = self.ranks.sum([total.batches, len(total.losses)])
+                    total.take(raw, number)
+        batches, used = self.ranks.sum([total.batches, total.losses.used])
         if not batches:
             raise agreed(ValueError(f"The validation loader gave no batch. {EMPTY_HINT}"))
         warn_of_validation(total.losses, used, task.ignore_index)

@@ -234,7 +234,7 @@ class DeviceTally:
         count, in_a_row, longest, late, *row = found
         return SkipCounts(count, culprit_of(row), in_a_row, longest), late
 
-# %% ../../nbs/training/57_skips.ipynb #skips-n033
+# %% ../../nbs/training/57_skips.ipynb #skips-n034
 class StepTally:
     """Counts skipped steps, decided on host or device, and remembers the batch of the first."""
 
@@ -271,6 +271,8 @@ class StepTally:
         if self.device is not None:
             (later, late), self.device = self.device.read(), None
             self.counts, self.late = self.counts.plus(later), self.late + late
+            first = self.counts.first and self.counts.first[0]
+            self.samples = {n: text for n, text in self.samples.items() if n == first}
         return self.counts
 
     def first(self) -> tuple[str, str]:

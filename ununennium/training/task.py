@@ -81,7 +81,7 @@ def loss_on(loss_fn: Any, device: torch.device) -> Any:
         return loss_fn
     return functools.partial(function, *args, **keywords)
 
-# %% ../../nbs/training/50_task.ipynb #task-n013
+# %% ../../nbs/training/50_task.ipynb #task-n014
 class Task:
     """A model with its loss: a batch becomes its losses.
 
@@ -112,6 +112,7 @@ class Task:
         self.spec = inspect_loss(self.loss_fn)
         self.ignore_index = agreed_ignore_index(config.ignore_index, self.spec)
         self.seen: LabelLook | None = None
+        self.checked: tuple[Any, ...] | None = None  # the form of the latest batch that fits
         self.checks_input = True  # False if a skipped step is noticed while its batch is there
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
@@ -172,7 +173,7 @@ def call_model(task: Task, inputs: Any) -> Any:
             raise
         raise explained from error
 
-# %% ../../nbs/training/50_task.ipynb #task-018
+# %% ../../nbs/training/50_task.ipynb #task-n021
 def call_loss(task: Task, output: Any, target: Any) -> Any:
     """Return what the loss function returns; add a hint if it cannot take the model's output."""
     try:
@@ -188,11 +189,17 @@ def call_loss(task: Task, output: Any, target: Any) -> Any:
         raise
 
 
+def form_of(output: Any, target: Any) -> tuple[Any, ...] | None:
+    """Return shapes and dtype of an output and a target; None unless both are tensors."""
+    are_tensors = isinstance(output, Tensor) and isinstance(target, Tensor)
+    return (output.shape, target.shape, target.dtype) if are_tensors else None
+
+
 def has_no_prediction(output: Any) -> bool:
     """Return whether the output is a dictionary without `out`, which has nothing to score."""
     return isinstance(output, Mapping) and "out" not in output
 
-# %% ../../nbs/training/50_task.ipynb #task-n024
+# %% ../../nbs/training/50_task.ipynb #task-n025
 def check_output(task: Task, output: Any, batch: MicroBatch) -> None:
     """Raise a `ValueError` if the output does not fit the batch's target or the settings."""
     if isinstance(target := batch.target, np.ndarray):
@@ -200,7 +207,10 @@ def check_output(task: Task, output: Any, batch: MicroBatch) -> None:
             "The target is a numpy array. Convert it in the dataset: torch.from_numpy(mask)."
         )
     spec, names = task.spec, task.config.class_names
-    check_shapes(output, target, spec)
+    form = form_of(output, target)
+    if form is None or form != task.checked:  # the next batch is usually of the same form
+        check_shapes(output, target, spec)
+        task.checked = form
     if not spec.takes_labels or has_no_prediction(output):
         return
     classes = prediction(output).shape[1] if spec.wants_classes else 2
