@@ -20,17 +20,25 @@ WEIGHT = torch.tensor([1.0, 2.0, 0.5])
 class Watched(Callback):
     """Counts between two calls of a hook; what happens once is not among them."""
 
-    def __init__(self, phase):
-        self.phase, self.calls = phase, 0
+    def __init__(self, phase, watch):
+        self.phase, self.watch, self.calls = phase, watch, 0
 
     def on_safepoint(self, trainer, phase):
-        from device.pretend import WATCH
-
         self.calls += phase == self.phase
         if phase == self.phase and self.calls == FIRST:
-            WATCH.start()
+            self.watch.start()
         if phase == self.phase and self.calls == LAST:
-            WATCH.stop()
+            self.watch.stop()
+
+
+class CudaWatch:
+    """Lets PyTorch raise where the host waits for a GPU."""
+
+    def start(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def stop(self):
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def make_net():
@@ -65,9 +73,12 @@ class Named:
 class OnDevice:
     """Batches that are on the device already."""
 
+    def __init__(self, device="gpu"):
+        self.device = device
+
     def __iter__(self):
-        for image, mask in make_data():
-            yield image.to("gpu", non_blocking=True), mask.to("gpu", non_blocking=True)
+        for batch in make_data():
+            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
 
 
 def binary(count=(LAST + 2) * 4):
@@ -103,6 +114,8 @@ CASES = {
     "progress in text": {"settings": {"progress": "text"}},
 }  # fmt: skip
 
+VALIDATED = [case for case in CASES if case != "accumulation"]  # which is of steps
+
 OPTIMIZERS = {
     "AdamW fused": (torch.optim.AdamW, {"fused": True}),
     "SGD fused, momentum": (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "fused": True}),
@@ -114,29 +127,40 @@ OPTIMIZERS = {
 
 
 def run(case, optimizer, phase="train"):
-    """Train or validate; return the watched waits and operations, per call of the hook."""
+    """Train or validate; return the waits, and the operations per step or batch."""
     from device.pretend import WATCH
 
+    run_watched(case, optimizer, phase, WATCH, "gpu")
+    return dict(WATCH.waits), WATCH.operations / (LAST - FIRST)
+
+
+def run_watched(case, optimizer, phase, watch, device, **settings):
+    """Train or validate on a device, and watch what happens."""
     with_defaults = {"model": make_net, "loss": plain_loss, "train": make_data} | CASES[case]
     model = with_defaults["model"]()
     kind, options = OPTIMIZERS[optimizer]
     if kind is torch.optim.AdamW:
-        model = model.to("gpu")  # as PyTorch wants it before an optimizer is built
+        model = model.to(device)  # as PyTorch wants it before an optimizer is built
     optimizer = kind(model.parameters(), **options)
     make_scheduler = with_defaults.get("scheduler")
     train, val = with_defaults["train"](), None
+    if isinstance(train, OnDevice):
+        train.device = device
     if phase == "validate":
         train, val = list(itertools.islice(train, 2)), train
     trainer = Trainer(
         model, optimizer, with_defaults["loss"](), train, val,
         scheduler=make_scheduler and make_scheduler(optimizer),
-        callbacks=[Watched(phase), *(make() for make in with_defaults.get("callbacks", ()))],
+        callbacks=[Watched(phase, watch), *(make() for make in with_defaults.get("callbacks", ()))],
         config=TrainerConfig(
-            **{"device": "gpu", "progress": "none", "epochs": 1} | with_defaults.get("settings", {})
+            **{"device": device, "progress": "none", "epochs": 1, "mixed_precision": False}
+            | with_defaults.get("settings", {}) | settings
         ),
     )  # fmt: skip
-    trainer.fit()
-    return dict(WATCH.waits), WATCH.operations / (LAST - FIRST)
+    try:
+        trainer.fit()
+    finally:
+        watch.stop()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -162,6 +186,29 @@ def test_every_other_optimizer_needs_one_read_per_step(optimizer):
     assert sum(waits.values()) == LAST - FIRST, waits
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "accumulation"])
+@pytest.mark.parametrize("case", VALIDATED)
 def test_a_validation_batch_needs_no_read(case):
     assert on_device(run, case, "AdamW fused", "validate")[0] == {}
+
+
+# On a real GPU, PyTorch itself tells.
+
+PRECISIONS = {
+    "float32": {}, "bfloat16": {"mixed_precision": True, "amp_dtype": "bfloat16"},
+    "float16": {"mixed_precision": True, "amp_dtype": "float16"},
+}  # fmt: skip
+on_a_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
+]
+
+
+@pytest.mark.parametrize("precision", [pytest.param(name, marks=on_a_gpu) for name in PRECISIONS])
+@pytest.mark.parametrize("case", CASES)
+def test_cuda_sees_no_read_with_a_fused_optimizer(case, precision):
+    run_watched(case, "AdamW fused", "train", CudaWatch(), "cuda", **PRECISIONS[precision])
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=on_a_gpu) for case in VALIDATED])
+def test_cuda_sees_no_read_in_a_validation(case):
+    run_watched(case, "AdamW fused", "validate", CudaWatch(), "cuda")

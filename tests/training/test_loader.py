@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from small import make_batches
+from small import make_batches, make_trainer, same_history, same_state
 from ununennium.training.checkpoint import plain
 from ununennium.training.loader import ResumableLoader, fingerprint, instrument, owners_of
 from ununennium.training.messages import TrainingWarning
@@ -395,3 +395,39 @@ def test_a_worker_leaves_alone_what_a_dropped_loader_left_behind(capfd):
         gc.enable()
     assert worker.exitcode == 0
     assert capfd.readouterr().err == ""  # PyTorch says "can only test a child process"
+
+
+# Loaders that overwrite their batches.
+
+
+class Ring:
+    """A loader that fills the same memory again after some batches."""
+
+    def __init__(self, size, count=8):
+        self.batches, self.size = make_batches(count), size
+        self.memory = [tuple(torch.empty_like(x) for x in self.batches[0]) for _ in range(size)]
+
+    def __iter__(self):
+        for number, batch in enumerate(self.batches):
+            place = self.memory[number % self.size]
+            for part, value in zip(place, batch, strict=True):
+                part.copy_(value)
+            yield tuple(torch.from_numpy(part.numpy()) for part in place)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_loader_that_overwrites_a_window_is_refused(size):
+    with pytest.raises(ValueError, match="overwrites its batches: of 4 .* image.clone"):
+        make_trainer(Ring(size), accumulation_steps=4).fit(1)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 1), (4, 4), (5, 3)])
+def test_a_loader_may_overwrite_what_was_used(size, accumulation):
+    one = make_trainer(Ring(size), accumulation_steps=accumulation)
+    other = make_trainer(make_batches(8), accumulation_steps=accumulation)
+    assert same_history(one.fit(2), other.fit(2)) and same_state(one, other)
+
+
+def test_the_same_batch_may_come_again():
+    batch = make_batches(1)[0]
+    make_trainer([batch] * 4, accumulation_steps=4).fit(1)

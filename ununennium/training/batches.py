@@ -284,7 +284,7 @@ class BatchReader:
             self.waited += time.perf_counter() - begin
         return not self.exhausted
 
-# %% ../../nbs/training/40_batches.ipynb #batches-045
+# %% ../../nbs/training/40_batches.ipynb #batches-n045
 class AccumulationWindows:
     """Read a loader in windows, one window per optimizer step.
 
@@ -298,12 +298,15 @@ class AccumulationWindows:
         Builds a `MicroBatch` from what the loader returned and its index within the epoch.
     number
         Batches of the epoch that were read before.
+    guard
+        Has `note`, for each batch that is read, and `check`, for a complete window.
     """
 
     def __init__(
-        self, loader: Any, size: int, prepare: Callable[[Any, int], MicroBatch], number: int = 0
-    ) -> None:
-        self.reader = BatchReader(loader)
+        self, loader: Any, size: int, prepare: Callable[[Any, int], MicroBatch], number: int = 0,
+        guard: Any = None,
+    ) -> None:  # fmt: skip
+        self.reader, self.guard = BatchReader(loader), guard
         self.size, self.prepare, self.number = size, prepare, number
         self.window: list[MicroBatch] = []  # kept if the loader or `prepare` raises
 
@@ -321,8 +324,12 @@ class AccumulationWindows:
         """Return the next window with its shares; an empty list at the end of the loader."""
         while len(self.window) < self.size and self.reader.fetch():
             self.window.append(self.prepare(self.reader.unused[0], self.number))
+            if self.guard is not None:
+                self.guard.note(self.reader.unused[0])
             self.reader.unused.clear()
             self.number += 1
+        if self.guard is not None:
+            self.guard.check([batch.raw for batch in self.window])
         window, self.window = self.window, []
         set_shares(window)
         return window

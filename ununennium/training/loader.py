@@ -366,3 +366,38 @@ class ResumableLoader:
         """
         self.iterator = resume_epoch(self.loader, self.max_ahead, position)
         return self.iterator
+
+# %% ../../nbs/training/45_loader.ipynb #loader-n064
+def sampled(batch: Any, most: int = 4096) -> int:
+    """Return a checksum of numbers from all over a batch's tensors in host memory."""
+    total, waiting = 0, [batch]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor) and value.is_cpu and value.layout == torch.strided:
+            few = value.detach().reshape(-1)[:: max(1, value.numel() // most)].contiguous()
+            total = zlib.crc32(few.view(torch.uint8).numpy().tobytes(), total)
+        elif isinstance(value, (list, tuple, dict)):
+            waiting += parts_of(value)
+    return total
+
+
+class OverwriteGuard:
+    """Notices that a loader has overwritten batches of a window before they were used."""
+
+    def __init__(self) -> None:
+        self.found: list[int] | None = []  # None once a window was whole
+
+    def note(self, batch: Any) -> None:
+        """Note a batch that was just read."""
+        if self.found is not None:
+            self.found.append(sampled(batch))
+
+    def check(self, batches: list[Any]) -> None:
+        """Raise a `ValueError` if the batches of a window are not those that were read."""
+        found, self.found = self.found, None
+        if found and found != [sampled(batch) for batch in batches]:
+            raise ValueError(
+                f"train_loader overwrites its batches: of {len(batches)} that belong to one "
+                "optimizer step, the first has changed before it was used. Let the loader return "
+                "copies, such as image.clone(), or pass accumulation_steps=1."
+            )

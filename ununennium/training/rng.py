@@ -88,9 +88,28 @@ def _as_arrays(state: Any) -> Any:
         return {name: _as_arrays(value) for name, value in state.items()}
     return state.numpy() if isinstance(state, Tensor) else state
 
-# %% ../../nbs/training/14_rng.ipynb #rng-017
-def random_state(*owners: Any) -> dict[str, Any]:
-    """Return the states of all global random generators, and of those that `owners` hold."""
+# %% ../../nbs/training/14_rng.ipynb #rng-n020
+def device_state(device: torch.device | None) -> Tensor | None:
+    """Return the state of a GPU's global generator, for dropout; None for a CPU."""
+    module: Any = None if device is None else getattr(torch, device.type, None)
+    if device is None or device.type == "cpu" or not hasattr(module, "get_rng_state"):
+        return None
+    return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+
+
+def set_device_state(device: torch.device | None, state: Tensor) -> None:
+    """Restore the global generator of a GPU, if its kind had the same one."""
+    if (now := device_state(device)) is None or device is None or now.shape != state.shape:
+        return
+    module = getattr(torch, device.type)
+    module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
+
+# %% ../../nbs/training/14_rng.ipynb #rng-n019
+def random_state(*owners: Any, device: torch.device | None = None) -> dict[str, Any]:
+    """Return the states of all global random generators, and of those that `owners` hold.
+
+    That of a run's `device` has an entry of its own: another process may number its GPUs otherwise.
+    """
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
@@ -99,10 +118,14 @@ def random_state(*owners: Any) -> dict[str, Any]:
     }
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
+    if (own := device_state(device)) is not None:
+        state["device"] = own
     return state
 
-# %% ../../nbs/training/14_rng.ipynb #rng-019
-def set_random_state(state: dict[str, Any], *owners: Any) -> None:
+# %% ../../nbs/training/14_rng.ipynb #rng-n021
+def set_random_state(
+    state: dict[str, Any], *owners: Any, device: torch.device | None = None
+) -> None:
     """Restore the generators from what `random_state` returned for the same objects."""
     torch.set_rng_state(torch.as_tensor(state["torch"]))
     random.setstate(state["python"])
@@ -113,6 +136,8 @@ def set_random_state(state: dict[str, Any], *owners: Any) -> None:
     if "cuda" in state and torch.cuda.is_available():
         for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda_state, index)
+    if "device" in state:
+        set_device_state(device, state["device"])
 
 # %% ../../nbs/training/14_rng.ipynb #rng-022
 def seed_all(seed: int) -> None:
