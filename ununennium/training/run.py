@@ -210,13 +210,12 @@ def count_step(run: Run, step: Step) -> None:
     run.schedule.after_step(step.stepped)
     run.skips.note(step, run.progress.global_step, run.progress.epoch)
 
-# %% ../../nbs/training/65_run.ipynb #run-n030
+# %% ../../nbs/training/65_run.ipynb #run-n031
 def make_stepper(run: Run) -> Stepper:
     """Return what turns a window of batches into one guarded optimizer step of this run."""
     task, clip = run.task, run.config.gradient_clip
     restores_idle = not task.exchange.has_sync_norm  # else they count the batches of all ranks
-    model, precision = task.model, task.precision
-    stepper = Stepper(model, run.optimizer, precision, clip, restores_idle=restores_idle)
+    stepper = Stepper(task.model, run.optimizer, task.precision, clip, restores_idle=restores_idle)
     task.checks_input = stepper.guarded.decides_on_device  # the host looks when it skips a step
     return stepper
 
