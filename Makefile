@@ -49,6 +49,7 @@ failures: $(VENV)/.dev
 # PyTorch's build for CUDA, with a GPU that computes nothing. Not in CI, because of its size.
 nullcuda: $(NULLCUDA)/.installed
 	$(NULLCUDA)/bin/python tests/nullcuda/launch.py -m pytest tests/nullcuda
+	$(NULLCUDA)/bin/python tests/nullcuda/launch.py -m pytest tests/device -m gpu
 
 # Options go into BENCH_OPTIONS: make bench BENCH_OPTIONS='--rounds 3 --only U-Net'. It can be stopped
 # and started again.
