@@ -32,6 +32,13 @@ def test_a_check_changes_nothing():
     assert same_state(plain, checked) and same_history(plain.history, checked.history)
 
 
+def test_a_buffer_that_cannot_be_written_is_left_alone():
+    model = small_net()
+    model.register_buffer("scale", torch.ones(1).expand(3))
+    make_trainer(model=model).check()
+    assert model.scale.tolist() == [1, 1, 1]
+
+
 def test_a_check_in_the_middle_of_an_epoch_changes_nothing():
     runs = []
     for looks in (False, True):

@@ -33,11 +33,12 @@ from .targets import labels_outside
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/training/78_check.ipynb #check-006
+# %% ../../nbs/training/78_check.ipynb #check-n006
 @contextlib.contextmanager
 def tensors_restored(model: nn.Module) -> Iterator[None]:
     """Begin without gradients; restore a model's gradients and buffers at the end."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    written = (buffer for buffer in model.buffers() if 0 not in buffer.stride())  # not expanded
+    buffers = [(buffer, buffer.clone()) for buffer in written]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None

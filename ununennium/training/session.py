@@ -169,7 +169,7 @@ def prepare(run: Run, stepper: Stepper) -> None:
     epochs = run.goal - run.progress.epoch
     run.schedule.check_length(epochs, num_batches(run.train_loader), run.batch)
 
-# %% ../../nbs/training/67_session.ipynb #session-024
+# %% ../../nbs/training/67_session.ipynb #session-n024
 @contextlib.contextmanager
 def marked_as_running(run: Run) -> Iterator[None]:
     """Set `run.is_running` in the block."""
@@ -178,6 +178,15 @@ def marked_as_running(run: Run) -> Iterator[None]:
         yield
     finally:
         run.is_running = False
+
+
+def require_idle(run: Run, call: str) -> None:
+    """Raise a `RuntimeError` if a method of the trainer is called while a `fit` runs."""
+    if run.is_running:
+        raise RuntimeError(
+            f"{call}() was called while a fit of this trainer runs, from a callback or another "
+            f"thread. Call request_stop() there, and {call}() again after it."
+        )
 
 # %% ../../nbs/training/67_session.ipynb #session-026
 @contextlib.contextmanager
