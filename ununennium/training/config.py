@@ -47,7 +47,7 @@ def check_class_names(names: Sequence[str] | None) -> None:
     if names is not None and len(set(names)) < len(names):
         raise ValueError(message)
 
-# %% ../../nbs/training/24_config.ipynb #config-014
+# %% ../../nbs/training/24_config.ipynb #config-n014
 @dataclass
 class TrainerConfig:
     """Settings of a `Trainer`.
@@ -59,14 +59,13 @@ class TrainerConfig:
     device
         `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"`, or `"auto"`. Without a GPU, `"cuda"` falls back to
         the CPU with a warning, `"auto"` silently.
-    mixed_precision
-        Use autocast on CUDA. Other devices always compute in full precision.
+    mixed_precision, amp_dtype
+        On CUDA, compute in `"float16"` with loss scaling, or in `"bfloat16"`. A CPU does so only
+        for `device="cpu"` together with `"bfloat16"`. Parameters are always in full precision.
     accumulation_steps
         Batches per optimizer step.
     gradient_clip
         Largest 2-norm of the gradient; None and 0 turn clipping off.
-    amp_dtype
-        `"float16"`, with loss scaling, or `"bfloat16"`.
     scheduler_interval
         `"epoch"`, `"step"` (after every optimizer step), or `"auto"`: per step for OneCycleLR and
         CyclicLR, per epoch for all others.
