@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import small
-from small import DEVICES, half, make_batches, make_trainer, small_net
-from ununennium import Callback
+from small import DEVICES, half, make_batches, make_trainer, same_history, same_state, small_net
+from ununennium import Callback, Trainer
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -112,12 +112,45 @@ def test_mixed_precision_from_the_config_on_a_gpu(amp_dtype):
     assert history["val_IoU"][-1] > history["val_IoU"][0]
 
 
-def test_mixed_precision_on_a_cpu_is_full_precision():
-    trainer = make_trainer(mixed_precision=True)
-    assert (
-        trainer.run.task.precision.dtype is None
-        and not trainer.run.task.precision.scaler.is_enabled()
-    )
+@pytest.mark.parametrize("settings", [{"mixed_precision": True}, {"amp_dtype": "float16"}])
+def test_mixed_precision_on_a_cpu_is_full_precision(settings):
+    mixed, full = make_trainer(**settings), make_trainer(mixed_precision=False)
+    mixed.fit(2), full.fit(2)
+    assert same_state(mixed, full) and same_history(mixed.history, full.history)
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+@pytest.mark.filterwarnings("ignore:PyTorch sees no GPU")
+def test_a_cpu_that_stands_in_for_a_gpu_computes_in_full_precision(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    trainer, full = make_trainer(device=device, amp_dtype="bfloat16"), make_trainer()
+    trainer.fit(2), full.fit(2)
+    assert same_state(trainer, full) and same_history(trainer.history, full.history)
+
+
+def test_a_cpu_that_is_named_computes_in_bfloat16_if_asked():
+    seen = []
+
+    class Spy(Callback):
+        def on_batch_end(self, trainer, batch, logs):
+            seen.append({p.dtype for p in trainer.model.parameters()})
+
+    class Typed(Trainer):
+        def predict(self, inputs):
+            output = self.model(inputs)
+            seen.append(output.dtype)
+            return output
+
+    like = make_trainer(amp_dtype="bfloat16")
+    rest = like.optimizer, like.loss_fn, like.train_loader, make_batches(2), None, [Spy()]
+    trainer, full = Typed(like.model, *rest, like.config), make_trainer(val=make_batches(2))
+    history = trainer.fit(8)
+    full.fit(8)
+    assert torch.bfloat16 in seen and {torch.float32} in seen and len(seen) == 8 * (2 * 6 + 2)
+    assert all(x in (torch.bfloat16, {torch.float32}) for x in seen)
+    assert history["train_loss"] != full.history["train_loss"]
+    assert history["train_loss"] == pytest.approx(full.history["train_loss"], abs=0.03)
 
 
 def test_cuda_without_a_gpu_warns_once_and_trains_on_the_cpu(monkeypatch):

@@ -23,6 +23,13 @@ from ununennium import TrainerConfig
         ({"class_names": "abc"}, TypeError, "class_names='abc' must be a list"),
         ({"class_names": ["a", "a"]}, ValueError, r"class_names=\['a', 'a'\] .* different"),
         ({"mixed_precision": "bf16"}, TypeError, "mixed_precision='bf16' .* amp_dtype"),
+        (
+            {"compile": "max-autotune"},
+            TypeError,
+            r"compile='max-autotune' .*torch.compile\(model, mode",
+        ),
+        ({"channels_last": None}, TypeError, "channels_last=None must be True or False"),
+        ({"sharded_checkpoints": 1}, TypeError, "sharded_checkpoints=1 must be True or False"),
         ({"amp_dtype": "half"}, ValueError, r"amp_dtype='half' .* \['float16', 'bfloat16'\]"),
         ({"scheduler_interval": "batch"}, ValueError, "scheduler_interval='batch' is not known"),
         ({"progress": "loud"}, ValueError, "progress='loud' is not known"),

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from small import DEVICES
+from ununennium import TrainerConfig
 from ununennium.training.messages import TrainingWarning
-from ununennium.training.precision import Precision, renewed, resolve_device
+from ununennium.training.precision import Precision, precision_for, renewed, resolve_device
 
 CPU = torch.device("cpu")
 
@@ -163,3 +164,25 @@ def test_a_forgotten_unscale_keeps_the_state_of_the_scaler():
 def test_a_renewed_scaler_has_all_settings():
     old = torch.amp.GradScaler("cpu", 8.0, growth_factor=3.0, backoff_factor=0.1, growth_interval=7)
     assert renewed(old, CPU).state_dict() == old.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "dtype"),
+    [
+        ({}, "cuda:1", torch.float16),
+        ({"amp_dtype": "bfloat16"}, "cuda:1", torch.bfloat16),
+        ({"amp_dtype": "bfloat16", "mixed_precision": False}, "cuda:1", None),
+        ({"amp_dtype": "bfloat16"}, "cpu", None),  # stands in for a GPU
+        ({"amp_dtype": "bfloat16", "device": "auto"}, "cpu", None),
+        ({"device": "cpu"}, "cpu", None),
+        ({"amp_dtype": "bfloat16", "device": "cpu"}, "cpu", torch.bfloat16),
+        ({"amp_dtype": "bfloat16", "device": torch.device("cpu")}, "cpu", torch.bfloat16),
+        ({"amp_dtype": "bfloat16", "device": "cpu", "mixed_precision": False}, "cpu", None),
+        ({"amp_dtype": "bfloat16", "device": "mps"}, "mps", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
+def test_mixed_precision_is_for_cuda_and_for_a_cpu_that_is_named(settings, device, dtype):
+    precision = precision_for(TrainerConfig(**settings), torch.device(device))
+    assert precision.dtype == dtype and precision.device == torch.device(device)
+    assert precision.scaler.is_enabled() == (dtype == torch.float16 and torch.cuda.is_available())

@@ -1,5 +1,6 @@
 """State comes from the file and settings from the caller; a state that does not fit is refused."""
 
+import copy
 import itertools
 
 import pytest
@@ -16,6 +17,7 @@ from ununennium.training.restore import (
     load_model,
     load_optimizer,
     load_scheduler,
+    load_state,
     model_state,
     unwrap,
 )
@@ -120,6 +122,46 @@ def test_state_of_other_shapes_is_refused():
     with pytest.raises(ValueError, match=r"exp_avg of parameter 1 is \(3,\) .* should be \(8,\)"):
         load_optimizer(optimizer, saved, built, built)
     assert not optimizer.state
+
+
+# Memory formats.
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("was_last", [False, True])
+def test_state_is_laid_out_like_its_parameter(fused, was_last):
+    """A fused step reads parameter and state as they lie in memory, without a look at strides."""
+
+    def make(is_last):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3)
+        model.to(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+        return model, torch.optim.AdamW(model.parameters(), fused=fused)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.arange(75.0).sin().reshape(1, 3, 5, 5)).square().sum().backward()
+        optimizer.step()
+
+    (one, first), (other, second) = make(was_last), make(not was_last)
+    step(one, first)
+    other.load_state_dict(one.state_dict())
+    load_state(second, copy.deepcopy(first.state_dict()))
+    entry = second.state[other.weight]
+    assert entry["exp_avg"].stride() == entry["exp_avg_sq"].stride() == other.weight.stride()
+    step(one, first), step(other, second)
+    torch.testing.assert_close(other.state_dict(), one.state_dict())
+
+
+def test_state_of_another_kind_is_loaded_as_it_is():
+    model = nn.Conv2d(3, 4, 3)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.ones(1, 3, 3, 3)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    load_state(optimizer, saved)
+    state = optimizer.state_dict()["state"]
+    torch.testing.assert_close(state, saved["state"], rtol=0, atol=0)
 
 
 # The scheduler.

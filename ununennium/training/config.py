@@ -47,7 +47,21 @@ def check_class_names(names: Sequence[str] | None) -> None:
     if names is not None and len(set(names)) < len(names):
         raise ValueError(message)
 
-# %% ../../nbs/training/24_config.ipynb #config-014
+# %% ../../nbs/training/24_config.ipynb #config-n014
+FLAGS = {
+    "mixed_precision": " Pass the type as amp_dtype='float16' or 'bfloat16'.",
+    "sharded_checkpoints": "",
+    "channels_last": "",
+    "compile": " For another mode, compile the model yourself: torch.compile(model, mode=...).",
+}  # each with a hint
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise a `TypeError` unless a setting is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False.{FLAGS[name]}")
+
+# %% ../../nbs/training/24_config.ipynb #config-n017
 @dataclass
 class TrainerConfig:
     """Settings of a `Trainer`.
@@ -59,17 +73,15 @@ class TrainerConfig:
     device
         `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"`, or `"auto"`. Without a GPU, `"cuda"` falls back to
         the CPU with a warning, `"auto"` silently.
-    mixed_precision
-        Use autocast on CUDA. Other devices always compute in full precision.
+    mixed_precision, amp_dtype
+        On CUDA, compute in `"float16"` with loss scaling, or in `"bfloat16"`. A CPU does so only
+        for `device="cpu"` together with `"bfloat16"`. Parameters are always in full precision.
     accumulation_steps
         Batches per optimizer step.
     gradient_clip
         Largest 2-norm of the gradient; None and 0 turn clipping off.
-    amp_dtype
-        `"float16"`, with loss scaling, or `"bfloat16"`.
     scheduler_interval
-        `"epoch"`, `"step"` (after every optimizer step), or `"auto"`: per step for OneCycleLR and
-        CyclicLR, per epoch for all others.
+        `"epoch"`, `"step"` (of the optimizer), or `"auto"`: by step for OneCycleLR and CyclicLR.
     scheduler_monitor
         The score for ReduceLROnPlateau. None means `val_loss`, or `train_loss` without validation.
     ignore_index
@@ -77,16 +89,16 @@ class TrainerConfig:
     class_names
         Names of the classes in the scores; None numbers them.
     max_skipped_steps
-        Number of consecutive skipped steps after which training ends with an error. A step is
-        skipped if its gradient is not finite.
+        Skipped steps in a row, for gradients that are not finite, after which training fails.
     seed
         Seeds PyTorch, NumPy and `random` at the start, rank r with `seed + r`; None does not.
     progress
         `"dashboard"`, `"bar"`, `"text"` (one line per epoch), `"none"`, or `"auto"`: the dashboard
         in a notebook, a bar in a terminal, text elsewhere.
     sharded_checkpoints
-        Let each process write its own part of the model and the optimizer, for models that are too
-        large for one. All processes have to see the same folder. One process writes whole files.
+        Let each process write its part of a model too large for one, to a folder that all see.
+    channels_last, compile
+        Channels last in memory; a compiled model. Both may save time, and change the last digits.
 
     Raises
     ------
@@ -109,11 +121,13 @@ class TrainerConfig:
     seed: int | None = None
     progress: str = "auto"
     sharded_checkpoints: bool = False
+    channels_last: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self)
 
-# %% ../../nbs/training/24_config.ipynb #config-016
+# %% ../../nbs/training/24_config.ipynb #config-n019
 def check_settings(config: TrainerConfig) -> None:
     """Check every setting, and convert integers of any type to `int`."""
     for name in CHOICES:
@@ -126,8 +140,5 @@ def check_settings(config: TrainerConfig) -> None:
         config.ignore_index = whole_number("ignore_index", config.ignore_index, -math.inf)
     check_class_names(config.class_names)
     check_clip(config.gradient_clip)
-    if not isinstance(config.mixed_precision, bool):
-        raise TypeError(
-            f"mixed_precision={config.mixed_precision!r} must be True or False. Pass the type as "
-            "amp_dtype='float16' or 'bfloat16'."
-        )
+    for name in FLAGS:
+        check_flag(name, getattr(config, name))

@@ -29,7 +29,7 @@ from .lockstep import shared_call, stand_in
 from .messages import warn
 from .modes import TrainingModes
 from .parts import check_parts, check_ranks, check_same_model
-from .restore import group_settings
+from .restore import group_settings, load_state
 from .rng import random_state, seed_all, set_random_state
 from .schedule import Schedule
 from .skips import SkippedSteps
@@ -106,7 +106,7 @@ class Run:
             begin_after(self.loaders[name].loader, self.open.inherited[0] if self.open else 0)
         return self.loaders[name]
 
-# %% ../../nbs/training/65_run.ipynb #run-007
+# %% ../../nbs/training/65_run.ipynb #run-n009
 def build_run(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -128,7 +128,7 @@ def build_run(
     lockstep = Lockstep(ranks, progress, task.exchange)
     lockstep.compares_data = not is_known
     if optimizer.state:
-        optimizer.load_state_dict(whole_state(ranks, optimizer))  # moves it to the model's device
+        load_state(optimizer, whole_state(ranks, optimizer))  # moves it to the model's device
     return Run(
         config=config,
         task=task,

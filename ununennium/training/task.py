@@ -23,7 +23,8 @@ from .labels import LabelLook, look_at
 from .loss_spec import agreed_ignore_index, batch_weight
 from .loss_spec import inspect_loss, named_losses
 from .messages import add_hint
-from .precision import Precision, resolve_device
+from .passes import Passes
+from .precision import precision_for, resolve_device
 from .targets import cast_target, check_labels, check_shapes
 
 # %% auto #0
@@ -90,7 +91,7 @@ class Task:
     model, loss_fn
         Both are moved to the device of `config.device`, or the loss to that of a wrapped model.
     config
-        Its `device`, `mixed_precision`, `amp_dtype`, `ignore_index` and `class_names` count here.
+        The settings of the device, its precision and its passes count here, and those of labels.
     methods
         Where to look up `unpack`, `predict` and `batch_weight`; None for the task's own.
     """
@@ -105,9 +106,9 @@ class Task:
         self.config, self.methods = config, methods or self
         self.exchange = Exchange(model)
         self.device = self.exchange.device or resolve_device(config.device)
-        mixed = config.mixed_precision and self.device.type == "cuda"
-        self.precision = Precision(self.device, getattr(torch, config.amp_dtype) if mixed else None)
+        self.precision = precision_for(config, self.device)
         self.model = model if self.exchange.is_shared else model.to(self.device)
+        self.passes = Passes(self.model, self.exchange, config)
         self.loss_fn = loss_on(loss_fn, self.device)
         self.spec = inspect_loss(self.loss_fn)
         self.ignore_index = agreed_ignore_index(config.ignore_index, self.spec)
@@ -163,13 +164,15 @@ def run_forward(task: Task, batch: MicroBatch) -> tuple[Any, Any]:
         batch.checks = finite_checks(parts)
     return output, target
 
-# %% ../../nbs/training/50_task.ipynb #task-015
+# %% ../../nbs/training/50_task.ipynb #task-n019
 def call_model(task: Task, inputs: Any) -> Any:
     """Return the model's output; explain the error if the input does not fit the model."""
     try:
-        return task.methods.predict(inputs)
+        with task.passes.compiled():
+            return task.methods.predict(task.passes.arrange(inputs))
     except (RuntimeError, TypeError) as error:
         if (explained := explain_input(error, inputs, task.model)) is None:
+            add_hint(error, task.passes.hint_for(error))
             raise
         raise explained from error
 
