@@ -3,6 +3,7 @@
 `job.py FOLDER EVENT PHASE RANK`; the event `none` lets it train to its end.
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from ununennium import Callback, CheckpointCallback, Trainer, TrainerConfig
 from ununennium.training import checkpoint
 
+faulthandler.register(signal.SIGUSR1)  # where a process hangs
 FOLDER, EVENT, PHASE, RANK = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 SAFEPOINT = 5  # of its phase, after which the event happens
 

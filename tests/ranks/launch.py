@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +55,32 @@ def time_of(path):
     return float(path.read_text() or 0) if path.exists() else None
 
 
+def show_stacks(mark):
+    """Let the job's processes write where they are into their logs; see `job.py`."""
+    for process in processes_of(mark):
+        if JOB.name.encode() in Path(f"/proc/{process}/cmdline").read_bytes():
+            os.kill(process, signal.SIGUSR1)
+    time.sleep(1)
+
+
 def run(folder, event, phase, rank, limit=60, **options):
-    """Run the job to its end, within `limit` seconds; return what is left of it."""
+    """Run the job to its end, within `limit` seconds; return what is left of it.
+
+    Once in some hundred runs a job hangs before the event, for a reason that is not known: workers
+    are forked beside Gloo's threads. That tells nothing about the event, so it is tried once more,
+    with a warning that shows where the processes were.
+    """
+    ended = run_once(folder, event, phase, rank, limit, **options)
+    if ended.code is None and not (folder / "happened").exists():
+        warnings.warn(f"The job hung before {event}: {ended.texts}", stacklevel=2)
+        for name in ("runs", "logs"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        ended = run_once(folder, event, phase, rank, limit, **options)
+    return ended
+
+
+def run_once(folder, event, phase, rank, limit, **options):
+    """Run the job; see `run`."""
     agent, mark, sent = torchrun(folder, event, phase, rank, **options), str(folder).encode(), None
     deadline = time.time() + limit
     while (agent.poll() is None or processes_of(mark)) and time.time() < deadline:
@@ -63,6 +89,8 @@ def run(folder, event, phase, rank, limit=60, **options):
             agent.send_signal(signal.SIGTERM)
         time.sleep(0.05)
     orphans = processes_of(mark)
+    if orphans:
+        show_stacks(mark)
     for process in orphans:
         os.kill(process, signal.SIGKILL)
     began = sent or time_of(folder / "happened") or time.time()
