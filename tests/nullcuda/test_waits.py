@@ -92,6 +92,10 @@ OPTIONS = {
     "batches on the device": lambda folder: on_device(),
     "pinned batches": lambda folder: of_loaders(pin_memory=True),
     "workers": lambda folder: of_loaders(num_workers=2),
+    "channels_last": lambda folder: {"channels_last": True, "model": nn.Conv2d(4, 3, 3, padding=1)},
+    "channels_last on the device": lambda folder: (
+        on_device() | {"channels_last": True, "model": nn.Conv2d(4, 3, 3, padding=1).cuda()}
+    ),
     "text": lambda folder: {"progress": "text"},
     "bar": lambda folder: {"progress": "bar"},
     "dashboard": lambda folder: {"progress": "dashboard"},
