@@ -1,5 +1,6 @@
 """Start a script under torchrun, and see how it ends."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -55,11 +56,17 @@ def time_of(path):
     return float(path.read_text() or 0) if path.exists() else None
 
 
+def send_to(processes, number):
+    """Send a signal to processes, of which some may have ended."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
 def show_stacks(mark):
-    """Let the job's processes write where they are into their logs; see `job.py`."""
-    for process in processes_of(mark):
-        if JOB.name.encode() in Path(f"/proc/{process}/cmdline").read_bytes():
-            os.kill(process, signal.SIGUSR1)
+    """Let the job's ranks and workers write where they are into their logs; see `job.py`."""
+    commands = {p: Path(f"/proc/{p}/cmdline").read_bytes() for p in processes_of(mark)}
+    send_to([p for p, words in commands.items() if b"distributed.run" not in words], signal.SIGUSR1)
     time.sleep(1)
 
 
@@ -91,8 +98,7 @@ def run_once(folder, event, phase, rank, limit, **options):
     orphans = processes_of(mark)
     if orphans:
         show_stacks(mark)
-    for process in orphans:
-        os.kill(process, signal.SIGKILL)
+    send_to(orphans, signal.SIGKILL)
     began = sent or time_of(folder / "happened") or time.time()
     logs = sorted((folder / "logs").rglob("stdout.log"), key=lambda path: path.parent.name)
     texts = [path.read_text() + path.with_name("stderr.log").read_text() for path in logs]
