@@ -52,7 +52,9 @@ def test_the_logged_norm_is_that_before_clipping():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_overflow_halves_the_scale_once_and_moves_no_scheduler(device, fused):
+def test_an_overflow_halves_the_scale_once_and_moves_no_scheduler(device, fused, monkeypatch):
+    # On a GPU, the outcome of a fused step is read late.
+    monkeypatch.setattr("ununennium.training.schedule.OwedMoves.size", 1)
     rates = []
 
     class Watch(Callback):

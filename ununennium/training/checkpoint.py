@@ -154,7 +154,7 @@ def checksum(value: Any, start: int = 0) -> int:
         return functools.reduce(lambda total, part: checksum(part, total), value, start)
     return zlib.crc32(f"{type(value).__name__} {value!r}".encode(), start)
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-n037
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-n038
 def start_copy(tensor: Tensor) -> Tensor:
     """Return a copy in host memory; that of a GPU's tensor is complete once its stream is."""
     if not tensor.is_cuda:
@@ -163,26 +163,26 @@ def start_copy(tensor: Tensor) -> Tensor:
     return pinned.copy_(tensor.detach(), non_blocking=True)
 
 
-def copy_to_host(value: Any, streams: set[Any] | None = None) -> Any:
-    """Return a copy of nested state with its tensors in host memory."""
+def copy_to_host(value: Any, streams: set[Any] | None = None, *, always: bool = True) -> Any:
+    """Return nested state with its tensors in host memory: copies, unless not `always` needed."""
     waits, streams = streams is None, set() if streams is None else streams
     if isinstance(value, Tensor):
         if value.is_cuda:
             streams.add(torch.cuda.current_stream(value.device))
-        value = start_copy(value)
+        value = start_copy(value) if always or not value.is_cpu else value
     elif isinstance(value, Mapping):
-        value = {key: copy_to_host(item, streams) for key, item in value.items()}
+        value = {k: copy_to_host(item, streams, always=always) for k, item in value.items()}
     elif isinstance(value, (list, tuple)):
-        value = type(value)(copy_to_host(item, streams) for item in value)
+        value = type(value)(copy_to_host(item, streams, always=always) for item in value)
     if waits:
         for stream in streams:
             stream.synchronize()
     return value
 
-# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-n040
+# %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-n041
 def save_file(state: dict[str, Any], path: str | os.PathLike, before: Path | None = None) -> Path:
     """Write a dictionary of tensors and plain values, with a checksum; see `write_atomically`."""
-    content = copy_to_host(plain(state))
+    content = copy_to_host(plain(state), always=False)
     content["checksum"] = checksum(content)
     return write_atomically(path, lambda file: torch.save(content, file), before)
 
