@@ -2,7 +2,7 @@
 
 import pytest
 
-from nullcuda import known_fault, logged, mark
+from nullcuda import logged, mark
 from nullcuda.runs import make_run
 from small import make_batches
 from ununennium import Callback
@@ -58,7 +58,6 @@ def first(log, start, what, stream, *details):
     return next(found, len(log))
 
 
-@known_fault("batches are copied on the stream that computes, when they are needed")
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW fused"])
 def test_the_next_window_is_copied_while_the_current_one_computes(optimizer):
     """On a stream of its own, and before the host waits for the norm, or the last kernel."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ununennium.training.batches import AccumulationWindows, MicroBatch
-from ununennium.training.epoch import OpenEpoch, check_end, epoch_state, load_epoch
+from ununennium.training.epoch import OpenEpoch, check_end, epoch_state, load_epoch, suspend
 from ununennium.training.loader import ResumableLoader
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.step import Step
@@ -74,7 +74,7 @@ def test_an_iterator_that_raised_is_dropped_for_its_position():
     take(epoch)
     with pytest.raises(OSError, match="the disk is gone"):
         epoch.next_window()
-    epoch.suspend(loader)
+    suspend(epoch, loader)
     assert epoch.windows is None and epoch.is_broken and epoch.position["done"] == 2
 
 

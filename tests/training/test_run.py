@@ -6,6 +6,7 @@ import torch
 from small import At, make_batches, make_trainer, same_state, stop
 from ununennium import TrainerConfig
 from ununennium.training.batches import MicroBatch
+from ununennium.training.entering import enter_epoch
 from ununennium.training.hooks import RunParts, RunStatus
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.run import (
@@ -14,7 +15,6 @@ from ununennium.training.run import (
     close_epoch,
     count_step,
     end_of_loader,
-    enter_epoch,
     note_random_state,
     restore_random_state,
 )

@@ -198,9 +198,12 @@ class LoaderIterator:
             self.prints.add(self.number, batch, isinstance(source.loader, (list, tuple)))
         return batch
 
-# %% ../../nbs/training/45_loader.ipynb #loader-030
-def position_of(iterator: LoaderIterator, done: int) -> dict[str, Any]:
-    """Return all that is needed to continue a pass after `done` batches, as plain values."""
+# %% ../../nbs/training/45_loader.ipynb #01409ccf
+def position_of(iterator: LoaderIterator, done: int, draws_again: bool = False) -> dict[str, Any]:
+    """Return all that is needed to continue a pass after `done` batches, as plain values.
+
+    With `draws_again`, the sampler's draws after them are to be repeated.
+    """
     source, first, states = iterator.source, done, iterator.states.initial
     if source.sampler is not None:
         first -= done % max(source.workers, 1)  # the last batch for worker 0
@@ -209,7 +212,7 @@ def position_of(iterator: LoaderIterator, done: int) -> dict[str, Any]:
         "done": done,
         "is_over": iterator.is_over and iterator.number == done,
         "began": iterator.began,
-        "order": None if source.sampler is None else source.sampler.state(first),
+        "order": None if source.sampler is None else source.sampler.state(first, draws_again),
         "num_workers": source.workers,
         "workers": unpickled(states),
         "left": unpickled(iterator.states.latest if source.persists else {}),
@@ -316,7 +319,7 @@ def resume_epoch(loader: Any, max_ahead: int, position: dict[str, Any]) -> Loade
         warn(f"The epoch resumes, but not exactly: {'; '.join(problems)}.", of_rank=True)
     return iterator
 
-# %% ../../nbs/training/45_loader.ipynb #loader-048
+# %% ../../nbs/training/45_loader.ipynb #ffd2188f
 class ResumableLoader:
     """Read a loader so that an epoch can be resumed, even in a new process.
 
@@ -340,16 +343,17 @@ class ResumableLoader:
         self.iterator = begin_epoch(self.loader, self.max_ahead, self.iterator, self.loaded)
         return self.iterator
 
-    def state(self, done: int | None = None) -> dict[str, Any]:
+    def state(self, done: int | None = None, draws_again: bool = False) -> dict[str, Any]:
         """Return the position after `done` batches, as plain values for `resume`.
 
+        With `draws_again`, whoever resumes restores the random state before the next batch.
         Between two epochs, omit `done`, and pass the result to `load` instead.
         """
         if done is None:
             return {"workers": unpickled(carried_over(self.iterator, self.loaded))}
         if self.iterator is None:
             raise RuntimeError("No epoch has begun. Iterate over the loader first.")
-        return position_of(self.iterator, done)
+        return position_of(self.iterator, done, draws_again)
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from what `state()` returned between two epochs."""

@@ -61,7 +61,7 @@ def first_reason(reasons: list[str | None]) -> str | None:
     rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
     return reason if "(rank " in reason else f"{reason} (rank {rank})"
 
-# %% ../../nbs/training/61_lockstep.ipynb #lockstep-011
+# %% ../../nbs/training/61_lockstep.ipynb #e6af21bd
 def emptied(tensor: Tensor) -> Tensor:
     """Return a tensor with no samples; a scalar as it is."""
     return tensor[:0] if tensor.ndim else tensor
@@ -72,8 +72,8 @@ def idle_batch(like: MicroBatch, *, has_samples: bool = True) -> MicroBatch:
     target = like.target if has_samples else map_tensors(emptied, like.target)
     inputs = map_tensors(torch.zeros_like if has_samples else emptied, like.inputs)
     return replace(
-        like, raw=None, inputs=inputs, target=target, weight=0.0, divisor=1.0, is_last=True,
-        is_idle=True, losses={}, checks={},
+        like, raw=None, inputs=inputs, target=target, weight=0.0, divisor=1.0, copy=None, next=None,
+        is_last=True, is_idle=True, losses={}, checks={},
     )  # fmt: skip
 
 # %% ../../nbs/training/61_lockstep.ipynb #lockstep-014

@@ -103,7 +103,7 @@ def not_repeatable(sampler: Any) -> str:
         "samples from the start of the epoch may be repeated"
     )
 
-# %% ../../nbs/training/44_recording.ipynb #recording-023
+# %% ../../nbs/training/44_recording.ipynb #862a1425
 class ResumableSampler:
     """Wrap a sampler: record what it draws, and continue an epoch from such a record.
 
@@ -135,10 +135,14 @@ class ResumableSampler:
             self.drawn.append(index)
             yield index
 
-    def state(self, number: int) -> dict[str, Any]:
-        """Return the position of a batch: the first one kept, or a later one."""
+    def state(self, number: int, draws_again: bool = False) -> dict[str, Any]:
+        """Return the position of a batch: the first one kept, or a later one.
+
+        With `draws_again`, what was drawn from this batch on is left out.
+        """
         self.drawn.forget(number)
-        return {"random": self.random, **self.drawn.state()}
+        drawn = DrawnIndices(self.drawn.first, self.drawn.checksum) if draws_again else self.drawn
+        return {"random": self.random, **drawn.state()}
 
     def resume(self, position: dict[str, Any]) -> str:
         """Let the next iterator begin at a position; return why that is not exact, or ""."""
