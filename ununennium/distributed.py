@@ -42,7 +42,7 @@ def part_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     local, (mesh, placements) = tensor.to(like.device), (like.device_mesh, like.placements)
     return distribute_tensor(local, mesh, placements, src_data_rank=None)
 
-# %% ../nbs/20_distributed.ipynb #distributed-007
+# %% ../nbs/20_distributed.ipynb #c11a5211
 class Exchange:
     """What ranks exchange while a model computes.
 
@@ -90,12 +90,13 @@ class Exchange:
 
     def gradients(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Return the context of a forward and a backward pass: exchange only if `is_last`."""
-        stack = contextlib.ExitStack()
         for part in self.sharded:
             part.set_requires_gradient_sync(is_last, recurse=False)
-        if not is_last and self.ddps and not self.records_graph:
-            for ddp in self.ddps:
-                stack.enter_context(ddp.no_sync())
+        if is_last or self.records_graph or not self.ddps:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for ddp in self.ddps:
+            stack.enter_context(ddp.no_sync())
         return stack
 
     @contextlib.contextmanager

@@ -179,7 +179,7 @@ def call_model(task: Task, inputs: Any) -> Any:
             raise
         raise explained from error
 
-# %% ../../nbs/training/50_task.ipynb #task-n021
+# %% ../../nbs/training/50_task.ipynb #bf0922c3
 def call_loss(task: Task, output: Any, target: Any) -> Any:
     """Return what the loss function returns; add a hint if it cannot take the model's output."""
     try:
@@ -203,6 +203,8 @@ def form_of(output: Any, target: Any) -> tuple[Any, ...] | None:
 
 def has_no_prediction(output: Any) -> bool:
     """Return whether the output is a dictionary without `out`, which has nothing to score."""
+    if isinstance(output, Tensor):  # nearly always, and quicker to find out
+        return False
     return isinstance(output, Mapping) and "out" not in output
 
 # %% ../../nbs/training/50_task.ipynb #task-n025
