@@ -170,7 +170,7 @@ BUDGETS = (
         lambda tree: largest(cell for cell in tree.cells if not is_named(cell)),
     ),
     Budget(
-        f"… of {', '.join(MAY_BE_LONG)}", 150,
+        f"… of {', '.join(MAY_BE_LONG)}", 200,
         lambda tree: largest(cell for cell in tree.cells if is_named(cell)),
     ),
     Budget("… median", 14, lambda tree: median(cell.value for cell in tree.cells)),

@@ -93,6 +93,14 @@ def plain_loss(**options):
     return nn.CrossEntropyLoss(ignore_index=255, **options)
 
 
+class LogMuch(Callback):
+    """Log tensors of the device in every way."""
+
+    def on_batch_end(self, trainer, batch, logs):
+        for reduce in ("mean", "sum", "last", "max", "min"):
+            trainer.log(f"{reduce}_norm", logs["grad_norm"], reduce=reduce, weight=2.0)
+
+
 # Each may set the loss, loaders, model, scheduler, callbacks and settings.
 CASES = {
     "plain": {},
@@ -111,6 +119,7 @@ CASES = {
     "masked loss": {
         "model": lambda: nn.Conv2d(4, 1, 1), "train": binary,
         "loss": lambda: MaskedLoss(nn.BCEWithLogitsLoss(reduction="none"))},
+    "logged values": {"callbacks": [LogMuch]},
     "progress in text": {"settings": {"progress": "text"}},
 }  # fmt: skip
 

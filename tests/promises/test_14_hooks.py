@@ -118,3 +118,27 @@ def test_a_display_that_fails_is_switched_off():
     with pytest.warns(UserWarning, match="Broken failed and is switched off") as caught:
         make_trainer(callbacks=[Broken()]).fit(2)
     assert len(caught) == 1
+
+
+class Average(Callback):
+    """Adds a score, as one of an averaged model would be added."""
+
+    def on_scores(self, trainer, epoch, logs):
+        logs["val_ema_IoU"] = 0.5 + 0.1 * epoch
+
+
+def test_a_score_that_a_callback_adds_keeps_the_best_model(tmp_path):
+    """It was monitored, but not found: no best file, and no word."""
+    kept = CheckpointCallback(tmp_path, monitor="val_ema_IoU", mode="max")
+    trainer = make_trainer(val=make_batches(1), callbacks=[Average(), kept])
+    assert trainer.fit(3)["val_ema_IoU"] == [0.5, 0.6, 0.7]
+    assert kept.best_path is not None and kept.best_score == 0.7
+
+
+def test_a_hook_of_another_library_is_refused():
+    class Lightning(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            pass
+
+    with pytest.raises(TypeError, match="is no hook.*Did you mean on_epoch_end?"):
+        make_trainer(callbacks=[Lightning()])

@@ -9,8 +9,9 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from small import make_batches, small_net
 from ununennium import Callback, TrainerConfig
+from ununennium.training.hook_checks import check_callbacks
 from ununennium.training.messages import TrainingWarning
-from ununennium.training.parts import check_callbacks, check_group, check_loader, check_parts
+from ununennium.training.parts import check_group, check_loader, check_parts
 
 
 def make_parts(**changes):

@@ -62,7 +62,7 @@ def loaders_restored(*loaders: Any) -> Iterator[None]:
         for loader, state in states:
             loader.load_state_dict(state)
 
-# %% ../../nbs/training/78_check.ipynb #check-012
+# %% ../../nbs/training/78_check.ipynb #1a9230c8
 @contextlib.contextmanager
 def untouched(run: Run) -> Iterator[None]:
     """Restore everything that a forward and backward pass changes, at the end of the block."""
@@ -71,6 +71,7 @@ def untouched(run: Run) -> Iterator[None]:
         loaders_restored(run.train_loader, run.val_loader),
         modes_restored(run.task.model),
         tensors_restored(run.task.model),
+        run.logged.apart(is_muted=True),
     ):
         yield
 

@@ -44,7 +44,7 @@ def read_again(run: Run, epoch: OpenEpoch) -> None:
         epoch.read_window()
     epoch.before = None
 
-# %% ../../nbs/training/66_entering.ipynb #3c3bd9d7
+# %% ../../nbs/training/66_entering.ipynb #91eea029
 def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     """Return the open epoch; begin or resume it first if necessary. `call` calls a hook."""
     if run.open is not None and run.open.windows is not None:
@@ -53,6 +53,7 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     announce_epoch(run.train_loader, number)
     if run.open is None:
         run.skips.open_epoch()
+        run.logged.is_open = True
         call("on_epoch_start", number)
     epoch = run.open or OpenEpoch()
     size, copies = run.config.accumulation_steps, run.task.copies

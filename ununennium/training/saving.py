@@ -130,10 +130,20 @@ def warn_of_memory(name: str, why: str) -> None:
     if name not in OWN_CALLBACKS:
         warn(f"The callback {name} was not restored: {why}. Pass the callbacks of that run.")
 
-# %% ../../nbs/training/75_saving.ipynb #saving-022
+# %% ../../nbs/training/75_saving.ipynb #7b76b64a
+def open_state(run: Run) -> dict[str, Any] | None:
+    """Return the open epoch with what it has logged; None if there is none."""
+    if run.open is None:
+        return None
+    logged = run.logged.state()
+    return epoch_state(run.open, run.loader("train")) | ({"logged": logged} if logged else {})
+
+
 def restore_epoch(run: Run, saved: dict[str, Any]) -> None:
-    """Restore the open epoch, if there was one."""
-    run.open = None if saved["open"] is None else load_epoch(saved["open"], run.task.device)
+    """Restore the open epoch and what it has logged, if there was one."""
+    state, device = saved["open"], run.task.device
+    run.open = None if state is None else load_epoch(state, device)
+    run.logged.load((state or {}).get("logged", {}), device)
 
 
 def restore_workers(run: Run, saved: dict[str, Any]) -> None:
@@ -150,7 +160,7 @@ def restore_random(run: Run, saved: dict[str, Any]) -> None:
             set_random_state(saved["random"])
     run.random = saved["random"]
 
-# %% ../../nbs/training/75_saving.ipynb #saving-n027
+# %% ../../nbs/training/75_saving.ipynb #8b4d8b5a
 FORMAT = 2
 PARTS = {
     "model": Part(
@@ -170,9 +180,7 @@ PARTS = {
         lambda run: run.skips.state_dict(),
         lambda run, saved: run.skips.load_state_dict(saved["skips"]),
     ),
-    "open": Part(
-        lambda run: run.open and epoch_state(run.open, run.loader("train")), restore_epoch
-    ),
+    "open": Part(open_state, restore_epoch),
     "workers": Part(
         lambda run: {name: run.loader(name).state() for name in ("train", "val")}, restore_workers
     ),

@@ -145,7 +145,7 @@ def check_loaders(run: Run) -> None:
                 f"fit is of {epochs} epochs. Pass a DataLoader or a list."
             )
 
-# %% ../../nbs/training/67_session.ipynb #session-021
+# %% ../../nbs/training/67_session.ipynb #8a33c46a
 def settings_of(run: Run) -> dict[str, object]:
     """Return what has to be the same on all ranks, under the names that a message uses."""
     own = ("device", "progress", "seed")
@@ -165,6 +165,7 @@ def prepare(run: Run, stepper: Stepper) -> None:
     """Check loaders, settings and schedule; forget old requests and gradients."""
     check_loaders(run)
     run.progress.clear_requests()
+    run.logged.is_open = True
     run.lockstep.begin()
     check_same_settings(run.lockstep.ranks.gather(settings_of(run)))
     stepper.clear()
@@ -190,7 +191,7 @@ def require_idle(run: Run, call: str) -> None:
             f"thread. Call request_stop() there, and {call}() again after it."
         )
 
-# %% ../../nbs/training/67_session.ipynb #400f0b3c
+# %% ../../nbs/training/67_session.ipynb #5c657180
 @contextlib.contextmanager
 def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
     """Set up a `fit`, and put everything back however it ends.
@@ -226,6 +227,7 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
                 raise
         finally:
             stepper.clear()
+            run.logged.is_open = False
             if run.open is not None and run.random is None:
                 note_random_state(run)  # reading the loader before the next fit changes nothing
             hooks.call("on_train_end", to_all=True)
