@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'ConfusionMatrix', 'Dashboard', 'EarlyStopping', 'Loop',
            'MaskedLoss', 'RankFailed', 'Trainer', 'TrainerConfig', 'TrainingDiverged', 'TrainingWarning',
-           'class_weights', 'count_classes']
+           'class_weights', 'count_classes', 'load_weights', 'predict']
 
-# %% ../nbs/90_api.ipynb #api-003
+# %% ../nbs/90_api.ipynb #49f241ec
 __version__ = "0.3.0"
 
 from .losses import MaskedLoss, class_weights, count_classes
@@ -24,6 +24,8 @@ from ununennium.training import (
     TrainerConfig,
     TrainingDiverged,
     TrainingWarning,
+    load_weights,
+    predict,
 )
 
 _all_ = [
@@ -42,4 +44,6 @@ _all_ = [
     "TrainingWarning",
     "class_weights",
     "count_classes",
+    "load_weights",
+    "predict",
 ]

@@ -139,7 +139,7 @@ def test_a_cpu_that_is_named_computes_in_bfloat16_if_asked():
             seen.append({p.dtype for p in trainer.model.parameters()})
 
     class Typed(Trainer):
-        def predict(self, inputs):
+        def run_model(self, inputs):
             output = self.model(inputs)
             seen.append(output.dtype)
             return output

@@ -120,7 +120,7 @@ def test_inputs_beside_the_image_are_left_alone(kind):
             both = {"image": image, "day": day, "series": series}
             return (both if kind is dict else tuple(both.values())), mask
 
-        def predict(self, inputs):
+        def run_model(self, inputs):
             image, day, series = inputs.values() if kind is dict else inputs
             seen.append((is_last(image), day.dtype, series.is_contiguous()))
             return self.model(image)
@@ -231,7 +231,7 @@ def test_a_predict_of_ones_own_calls_the_compiled_model(graphs):
     calls = []
 
     class Own(Trainer):
-        def predict(self, inputs):
+        def run_model(self, inputs):
             calls.append(len(inputs))
             return self.model(inputs)
 

@@ -426,9 +426,9 @@ def test_after_an_error_everything_is_as_it_was():
 
 def test_an_interrupt_ends_a_profile_and_is_raised():
     class Interrupts(Trainer):
-        def predict(self, inputs):
+        def run_model(self, inputs):
             signal.raise_signal(signal.SIGINT)
-            return super().predict(inputs)
+            return super().run_model(inputs)
 
     trainer = subclass(Interrupts)
     before = state_of(trainer)
@@ -485,7 +485,7 @@ def test_your_own_methods_are_called():
         def unpack(self, batch):
             return batch["x"], batch["y"]
 
-        def predict(self, inputs):
+        def run_model(self, inputs):
             return self.model(inputs) * 1.0
 
     base = make_trainer()

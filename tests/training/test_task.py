@@ -45,7 +45,7 @@ def test_methods_may_be_those_of_another_object():
         def unpack(self, batch):
             return batch["x"], batch["y"]
 
-        def predict(self, inputs):
+        def run_model(self, inputs):
             return task.model(inputs) * 0.0
 
         def batch_weight(self, target):

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'Dashboard', 'EarlyStopping', 'Loop', 'Trainer', 'TrainerConfig',
-           'TrainingDiverged', 'TrainingWarning']
+           'TrainingDiverged', 'TrainingWarning', 'load_weights', 'predict']
 
-# %% ../../nbs/training/90_api.ipynb #api-003
+# %% ../../nbs/training/90_api.ipynb #916c82d7
 from .callbacks import Callback, CheckpointCallback, EarlyStopping
 from .checkpoint import CheckpointError
 from .config import TrainerConfig
 from .dashboard import Dashboard
 from .loop import Loop
 from .messages import TrainingWarning
+from .predicting import load_weights, predict
 from .step import TrainingDiverged
 from .trainer import Trainer
 
@@ -27,4 +28,6 @@ _all_ = [
     "TrainerConfig",
     "TrainingDiverged",
     "TrainingWarning",
+    "load_weights",
+    "predict",
 ]

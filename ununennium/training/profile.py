@@ -156,7 +156,7 @@ def timed_parts(loop: Loop) -> list[tuple[Any, str, str]]:
         (windows.reader, "fetch", WAIT),
         (windows, "prepare", CHECKS),
         (task, "forward", CHECKS),  # but for the model and the loss
-        (task.methods, "predict", FORWARD),
+        (task.methods, "run_model", FORWARD),
         (task, "loss_fn", FORWARD),
         (loop, "losses", FORWARD),  # what your own loop adds to them
         (stepper, "backward", BACKWARD),
