@@ -52,6 +52,7 @@ FLAGS = {
     "mixed_precision": " Pass the type as amp_dtype='float16' or 'bfloat16'.",
     "sharded_checkpoints": "",
     "channels_last": "",
+    "drop_bad_samples": "",
     "compile": " For another mode, compile the model yourself: torch.compile(model, mode=...).",
 }  # each with a hint
 
@@ -71,8 +72,7 @@ class TrainerConfig:
     epochs
         Total number of epochs that `fit()` without an argument trains up to.
     device
-        `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"`, or `"auto"`. Without a GPU, `"cuda"` falls back to
-        the CPU with a warning, `"auto"` silently.
+        `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"` or `"auto"`. `"cuda"` warns if it has to use the CPU.
     mixed_precision, amp_dtype
         On CUDA, compute in `"float16"` with loss scaling, or in `"bfloat16"`. A CPU does so only
         for `device="cpu"` together with `"bfloat16"`. Parameters are always in full precision.
@@ -84,12 +84,12 @@ class TrainerConfig:
         `"epoch"`, `"step"` (of the optimizer), or `"auto"`: by step for OneCycleLR and CyclicLR.
     scheduler_monitor
         The score for ReduceLROnPlateau. None means `val_loss`, or `train_loss` without validation.
-    ignore_index
-        The label that no loss or score counts, or None; `"auto"` takes the loss function's.
-    class_names
-        Names of the classes in the scores; None numbers them.
-    max_skipped_steps
-        Skipped steps in a row, for gradients that are not finite, after which training fails.
+    ignore_index, class_names
+        The label that no loss or score counts, or None; `"auto"` takes the loss function's. The
+        names of the classes in the scores; None numbers them.
+    max_skipped_steps, drop_bad_samples
+        Skipped steps in a row, for gradients that are not finite, after which training fails; and
+        whether to leave samples whose input is not finite out of their batch instead.
     seed
         Seeds PyTorch, NumPy and `random` at the start, rank r with `seed + r`; None does not.
     progress
@@ -118,6 +118,7 @@ class TrainerConfig:
     ignore_index: int | str | None = "auto"
     class_names: Sequence[str] | None = None
     max_skipped_steps: int = 25
+    drop_bad_samples: bool = False
     seed: int | None = None
     progress: str = "auto"
     sharded_checkpoints: bool = False

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..sampling import announce_epoch
 from .ahead import open_windows
+from .dropping import preparer
 from .epoch import OpenEpoch
 from .messages import warn
 from .rng import random_state, random_state_kept, set_random_state
@@ -58,7 +59,8 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     epoch = run.open or OpenEpoch()
     size, copies = run.config.accumulation_steps, run.task.copies
     random = functools.partial(random_state, *random_owners(run), device=run.task.device)
-    parts = size, run.task.prepare, epoch.batches, copies, random
+    prepare = preparer(run.task, epoch.dropped, lambda n: loader.indices_of(n - epoch.inherited[1]))
+    parts = size, prepare, epoch.batches, copies, random
     epoch.windows = open_windows(loader, resume_loader(run, epoch), *parts)
     run.open, epoch.lockstep = epoch, run.lockstep
     read_again(run, epoch)

@@ -19,6 +19,7 @@ from ..metrics import MetricSet
 from ..ranks import find_ranks
 from ..sampling import begin_after, own_share
 from .config import TrainerConfig
+from .dropping import close_dropped
 from .epoch import OpenEpoch, check_end, totals
 from .evaluate import Evaluator
 from .hooks import is_display
@@ -217,11 +218,15 @@ def close_epoch(run: Run, epoch: OpenEpoch) -> dict[str, float]:
     run.progress.global_step -= uncounted
     run.waited += epoch.windows.waited if epoch.windows else 0.0
     run.open = None
-    return {
+    scores = {
         "lr": float(run.optimizer.param_groups[0]["lr"]),
         "train_skipped_steps": float(skipped),
         "train_empty_batches": float(totals(epoch)[1]),
     }
+    if run.config.drop_bad_samples:
+        dropped = close_dropped(run.lockstep.ranks, epoch.dropped, "train_loader", epoch.batches)
+        scores["train_dropped_samples"] = float(dropped)
+    return scores
 
 # %% ../../nbs/training/65_run.ipynb #run-040
 def end_of_loader(run: Run, epoch: OpenEpoch) -> None:
