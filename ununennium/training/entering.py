@@ -13,6 +13,7 @@ from ..sampling import announce_epoch
 from .ahead import open_windows
 from .dropping import preparer
 from .epoch import OpenEpoch
+from .loader import ResumableLoader
 from .messages import warn
 from .rng import random_state, random_state_kept, set_random_state
 from .run import Run, random_owners
@@ -46,6 +47,11 @@ def read_again(run: Run, epoch: OpenEpoch) -> None:
     epoch.before = None
 
 # %% ../../nbs/training/66_entering.ipynb #91eea029
+def indices_after(loader: ResumableLoader, inherited: int, number: int) -> list[Any] | None:
+    """Return the indices of a batch's samples in the data set, or None if they are not known."""
+    return loader.indices_of(number - inherited)
+
+
 def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     """Return the open epoch; begin or resume it first if necessary. `call` calls a hook."""
     if run.open is not None and run.open.windows is not None:
@@ -59,7 +65,8 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     epoch = run.open or OpenEpoch()
     size, copies = run.config.accumulation_steps, run.task.copies
     random = functools.partial(random_state, *random_owners(run), device=run.task.device)
-    prepare = preparer(run.task, epoch.dropped, lambda n: loader.indices_of(n - epoch.inherited[1]))
+    locate = functools.partial(indices_after, loader, epoch.inherited[1])
+    run.skips.tally.locate, prepare = locate, preparer(run.task, epoch.dropped, locate)
     parts = size, prepare, epoch.batches, copies, random
     epoch.windows = open_windows(loader, resume_loader(run, epoch), *parts)
     run.open, epoch.lockstep = epoch, run.lockstep
