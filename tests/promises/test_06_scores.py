@@ -181,7 +181,7 @@ def test_the_confusion_matrix_of_a_default_run_can_be_looked_at():
     table = trainer.confusion.table
     assert int(table.sum()) > 0
     assert float(table.diag().sum() / table.sum()) == pytest.approx(scores["val_accuracy"])
-    assert "precision" in repr(trainer.confusion) and "<table>" in trainer.confusion._repr_html_()
+    assert "precision" in repr(trainer.confusion)
 
 
 def test_the_scores_of_a_test_set_have_its_name():
