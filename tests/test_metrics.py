@@ -161,3 +161,14 @@ def test_hard_and_soft_labels_are_gathered_apart():
     metric.update(logits, torch.tensor([[1.0], [torch.nan]]))
     metric.update(logits, torch.tensor([[1], [1]]))
     assert metric.state.tolist() == [0, 0, 1, 3, 2, 0]
+
+
+def test_a_notebook_shows_a_matrix_as_a_table():
+    metric = ConfusionMatrix(2, class_names=["<b>", "water"])
+    page = metric._repr_html_()
+    assert "<table>" in page and "&lt;b&gt;" in page and "<b>" not in page
+
+
+def test_a_name_of_a_score_is_checked():
+    with pytest.raises(ValueError, match="pass a list of some of IoU, F1, precision"):
+        ConfusionMatrix(2, scores="IoU")

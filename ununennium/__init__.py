@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'ConfusionMatrix', 'Dashboard', 'EarlyStopping', 'Loop',
-           'MaskedLoss', 'RankFailed', 'Trainer', 'TrainerConfig', 'TrainingDiverged', 'TrainingWarning',
+           'MaskedLoss', 'RankFailed', 'Trainer', 'TrainerConfig', 'TrainingDiverged', 'TrainingWarning', 'ValidPixels',
            'class_weights', 'count_classes', 'load_weights', 'predict']
 
-# %% ../nbs/90_api.ipynb #49f241ec
+# %% ../nbs/90_api.ipynb #d40405bd
 __version__ = "0.3.0"
 
 from .losses import MaskedLoss, class_weights, count_classes
 from .ranks import RankFailed
+from .measures import ValidPixels
 from .metrics import ConfusionMatrix
 from ununennium.training import (
     Callback,
@@ -42,6 +43,7 @@ _all_ = [
     "TrainerConfig",
     "TrainingDiverged",
     "TrainingWarning",
+    "ValidPixels",
     "class_weights",
     "count_classes",
     "load_weights",

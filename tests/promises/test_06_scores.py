@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from small import make_batches, make_trainer, small_net
-from ununennium import Callback, ConfusionMatrix
+from ununennium import Callback, ConfusionMatrix, TrainingWarning
 
 
 @settings(deadline=None, max_examples=30)
@@ -74,12 +74,6 @@ def test_two_tables_keep_their_scores_apart():
     assert scores["val_IoU"] != scores["val_without water_IoU"]
 
 
-def test_regression_has_no_scores_by_default():
-    batches = [(torch.randn(2, 4, 8, 8), torch.randn(2, 1, 8, 8))]
-    trainer = make_trainer(batches, batches, model=small_net(1), loss=nn.MSELoss())
-    assert set(trainer.validate()) == {"val_loss"}
-
-
 def test_an_output_without_out_is_trained_and_not_scored():
     class Named(nn.Module):
         def __init__(self):
@@ -115,3 +109,82 @@ def test_a_validation_loader_may_come_and_go_during_a_fit():
 
     history = make_trainer(callbacks=[Switch()]).fit(3)
     assert [math.isnan(value) for value in history["val_loss"]] == [True, False, True]
+
+
+def scene_data(kind):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 6, generator=generator)
+    y = {
+        "classes": x[:, :3].argmax(1), "labels": (x[:, :3] > 0).float(),
+        "values": x[:, :3].sum(1, keepdim=True),
+    }[kind]  # fmt: skip
+    return list(zip(x.split(8), y.split(8), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "outputs", "expected"),
+    [
+        ("classes", nn.CrossEntropyLoss(), 3, ["accuracy", "F1", "IoU"]),
+        ("labels", nn.BCEWithLogitsLoss(), 3, ["F1", "precision", "recall"]),
+        ("values", nn.MSELoss(), 1, ["MAE", "RMSE", "R2"]),
+    ],
+)
+def test_every_task_has_the_scores_that_people_publish(kind, loss, outputs, expected):
+    batches = scene_data(kind)
+    trainer = make_trainer(batches, batches, model=nn.Linear(6, outputs), loss=loss)
+    history = trainer.fit(1)
+    found = [name for name in history if name.startswith("val_") and "/" not in name]
+    assert [name for name in found if name not in ("val_loss", "val_IoU_classes")] == [
+        f"val_{name}" for name in expected
+    ]
+
+
+def test_other_scores_are_one_setting_away_also_beside_own_metrics():
+    settings = {"scores": ["kappa", "F1"], "class_names": ["a", "b", "c"]}
+    names = ["kappa", "F1", "F1/a", "F1/b", "F1/c"]
+    found = make_trainer(**settings).validate(make_batches(2))
+    assert list(found) == ["val_loss", *(f"val_{name}" for name in names)]
+    metrics = {"spread": lambda output, target: output.std()}
+    both = make_trainer(metrics=metrics, **settings).validate(make_batches(2))
+    assert list(both) == ["val_loss", "val_spread", *(f"val_{name}" for name in names)]
+    with pytest.raises(ValueError, match="pass a list of some of IoU, F1"):
+        make_trainer(scores=["f1"])
+
+
+def test_a_function_is_a_metric_weighted_like_a_loss():
+    batches = make_batches(3, nodata=0.5)
+    error = nn.CrossEntropyLoss(ignore_index=255)
+    found = make_trainer(metrics={"error": error}).validate(batches)
+    assert found["val_error"] == pytest.approx(found["val_loss"], rel=1e-6)
+
+
+def test_a_metric_that_fails_is_named_with_the_cure():
+    def f1(output, target):
+        raise ValueError("Expected argument `target` to be an int or long tensor")
+
+    with pytest.raises(ValueError, match="Expected argument") as caught:
+        make_trainer(metrics={"F1": f1}).validate(make_batches(1))
+    assert "raised by metrics['F1']" in str(caught.value)
+    assert "ValidPixels(metric, target_dtype=torch.long)" in str(caught.value)
+
+
+def test_a_metric_that_is_silently_nan_is_told():
+    metrics = {"RMSE": lambda output, target: torch.tensor(math.nan)}
+    with pytest.warns(TrainingWarning, match="'val_RMSE' is NaN, and the losses are finite"):
+        make_trainer(metrics=metrics).validate(make_batches(1))
+
+
+def test_the_confusion_matrix_of_a_default_run_can_be_looked_at():
+    trainer = make_trainer(class_names=["a", "b", "c"])
+    assert trainer.confusion is None
+    scores = trainer.validate(make_batches(2))
+    table = trainer.confusion.table
+    assert int(table.sum()) > 0
+    assert float(table.diag().sum() / table.sum()) == pytest.approx(scores["val_accuracy"])
+    assert "precision" in repr(trainer.confusion)
+
+
+def test_the_scores_of_a_test_set_have_its_name():
+    trainer = make_trainer()
+    test, val = trainer.validate(make_batches(2), prefix="test"), trainer.validate(make_batches(2))
+    assert test == {f"test_{name[4:]}": value for name, value in val.items()}

@@ -6,15 +6,13 @@ import torch
 from small import At, make_batches, make_trainer, same_state, stop
 from ununennium import TrainerConfig
 from ununennium.training.batches import MicroBatch
-from ununennium.training.entering import enter_epoch
+from ununennium.training.entering import close_epoch, end_of_loader, enter_epoch
 from ununennium.training.hooks import RunParts, RunStatus
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.run import (
     RunFacts,
     build_run,
-    close_epoch,
     count_step,
-    end_of_loader,
     note_random_state,
     restore_random_state,
 )

@@ -145,14 +145,14 @@ def as_numbers(scores: dict[str, Any]) -> None:
                 "is left out."
             )
 
-# %% ../../nbs/training/29_logged.ipynb #0d2fe2da
+# %% ../../nbs/training/29_logged.ipynb #27e754ff
 class Logged:
     """The values that callbacks and loss functions log."""
 
     def __init__(self) -> None:
         self.values: dict[str, LoggedValue] = {}
         self.scores: dict[str, Any] | None = None  # of an epoch that is about to be recorded
-        self.is_open, self.is_muted = False, False
+        self.prefix, self.is_open, self.is_muted = "", False, False
 
     def add(self, name: str, value: Any, reduce: str = "mean", weight: float = 1.0) -> None:
         """Add a value; see `Trainer.log`."""
@@ -167,23 +167,29 @@ class Logged:
                 f"log({name!r}) was called when no epoch is open. Call it while fit runs; in "
                 "on_epoch_end the epoch's scores are recorded already, so use on_scores."
             )
-        value_for(self.values, name, reduce).add(scalar, weight)
+        value_for(self.values, self.prefix + name, reduce).add(scalar, weight)
 
-    def take(self, ranks: Ranks, prefix: str = "") -> dict[str, float]:
+    def take(self, ranks: Ranks) -> dict[str, float]:
         """Return the number of each name over all ranks, and forget the values."""
         states = self.state()
         found = ranks.gather(states) if ranks.size > 1 else [states]
         self.values = {}
-        return {prefix + name: number_of(s) for name, s in merged_by_name(found).items()}
+        return {name: number_of(state) for name, state in merged_by_name(found).items()}
 
     @contextlib.contextmanager
-    def apart(self, *, is_muted: bool = False) -> Iterator[None]:
-        """Keep what is logged in the block apart from the open epoch, or ignore it."""
+    def apart(
+        self, prefix: str = "", *, joins: bool = False, is_muted: bool = False
+    ) -> Iterator[None]:
+        """Keep what is logged in the block apart, under prefixed names; or ignore it.
+
+        What `joins` the open epoch is there after the block.
+        """
         before = vars(self).copy()
         self.values, self.scores, self.is_open = {}, None, True
-        self.is_muted |= is_muted
+        self.prefix, self.is_muted = prefix, is_muted or self.is_muted
         try:
             yield
+            before["values"] |= self.values if joins else {}
         finally:
             vars(self).update(before)
 

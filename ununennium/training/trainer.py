@@ -69,7 +69,7 @@ def adopt_old_hook(trainer: Any, predict: Callable[..., Any]) -> None:
     trainer.run_model = functools.partial(own, trainer)
     trainer.predict = functools.partial(predict, trainer)
 
-# %% ../../nbs/training/80_trainer.ipynb #a8020c73
+# %% ../../nbs/training/80_trainer.ipynb #1842bb48
 class Trainer(RunFacts):
     """Train a PyTorch model on Earth-observation imagery; stop, save and resume at any step.
 
@@ -92,8 +92,9 @@ class Trainer(RunFacts):
     config
         Settings; None for the defaults of `TrainerConfig`.
     metrics
-        Metrics by name, each with `update`, `compute` and `reset`. None scores labels by a
-        confusion matrix; `{}` scores nothing.
+        Metrics by name, each with `update`, `compute` and `reset`, or functions of output and
+        target. They take the place of the usual scores: IoU and accuracy for labels, RMSE for a
+        regression. To have both, set `TrainerConfig.scores`; `{}` scores nothing.
     """
 
     loop_class: type[Loop] = Loop
@@ -157,15 +158,20 @@ class Trainer(RunFacts):
                 self.loop_class(self.run, self).fit()
         return self.history
 
-    def validate(self, loader: Iterable[Any] | None = None) -> dict[str, float]:
+    def validate(
+        self, loader: Iterable[Any] | None = None, *, prefix: str = "val"
+    ) -> dict[str, float]:
         """Score the model, in evaluation mode and without gradients, and return the scores.
 
         Parameters
         ----------
         loader
             Batches to score on; None for the trainer's `val_loader`. All ranks have to call this.
+        prefix
+            What the names of the scores begin with, such as "test".
         """
-        return score(self.run, find_scored(self.run, loader)) or {}
+        scores = score(self.run, find_scored(self.run, loader)) or {}
+        return {f"{prefix}_{name.removeprefix('val_')}": value for name, value in scores.items()}
 
     @as_default
     def predict(self, loader: Iterable[Any], output: str | None = None, *, out: Any = None) -> Any:
