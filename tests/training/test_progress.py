@@ -6,8 +6,10 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ununennium.training.progress as module
 from small import make_batches, make_trainer
@@ -15,10 +17,13 @@ from ununennium import Dashboard
 from ununennium.notebook.kernel import has_front_end
 from ununennium.training.progress import (
     BarProgress,
+    Pace,
     TextProgress,
     default_display,
     epoch_line,
     find_dashboard,
+    size_of,
+    start_line,
 )
 
 
@@ -105,7 +110,8 @@ def test_a_bar_and_text_write_the_same_lines(capsys):
         trainer = make_trainer(make_batches(3), make_batches(1), callbacks=[kind()])
         trainer.fit(2)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[:2] == lines[2:] and lines[1].startswith("epoch 2/2  train")
+    assert len(lines) == 6 and lines[:3] == lines[3:] and lines[2].startswith("epoch 2/2  train")
+    assert lines[0] == "Sequential (83 parameters) on cpu, float32: 3 batches per epoch"
 
 
 def test_a_bar_announces_above_itself(monkeypatch, capsys):
@@ -117,3 +123,29 @@ def test_a_bar_announces_above_itself(monkeypatch, capsys):
     TextProgress().announce("Stopping after this step.")
     assert written == [("Stopping after this step.", sys.stdout)]
     assert capsys.readouterr().out == "Stopping after this step.\n"
+
+
+def test_lines_tell_how_long_an_epoch_took_and_how_long_the_rest_will():
+    pace = Pace()
+    pace.begun, pace.last = pace.begun - 150, pace.last - 90
+    pace.epochs = 1
+    assert pace.note(4) == "1 min 30 s, 5 min 00 s left"
+    assert pace.note(3) == ""  # in less than a second
+    pace.last -= 12
+    assert pace.note(0) == "12 s"
+
+
+def test_the_first_line_of_a_run_says_what_is_trained():
+    loader = DataLoader(TensorDataset(torch.zeros(10, 4), torch.zeros(10).long()), batch_size=4)
+    model = nn.Linear(4, 500)
+    trainer = make_trainer(loader, model=model, loss=nn.CrossEntropyLoss())
+    assert start_line(trainer) == (
+        "Linear (2.5 k parameters) on cpu, float32: 3 batches of 4 per epoch"
+    )
+    trainer.train_loader = iter([])
+    assert start_line(trainer) == "Linear (2.5 k parameters) on cpu, float32"
+    half = make_trainer(loader, model=model, device="cpu", amp_dtype="bfloat16")
+    assert "bfloat16" in start_line(half)
+    assert [size_of(n) for n in (999, 1000, 99_960, 999_600, 12_400_000)] == [
+        "999", "1.0 k", "100 k", "1.0 M", "12 M",
+    ]  # fmt: skip

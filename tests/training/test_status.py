@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from ununennium.training.progress import duration
 from ununennium.training.runlog import RunLog
 from ununennium.training.status import (
-    duration,
     headline,
     record_html,
     record_text,

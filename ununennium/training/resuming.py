@@ -59,7 +59,7 @@ def load_run(run: Run, path: str | Path) -> None:
     """Restore a run from a file; see `Trainer.load_checkpoint`."""
     take_over(run, on_main(run.lockstep.ranks, lambda: load_complete(path)), path)
 
-# %% ../../nbs/training/77_resuming.ipynb #resuming-012
+# %% ../../nbs/training/77_resuming.ipynb #6d668c69
 def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
     """Return the newest intact checkpoint in a folder with its content; None if there is no file.
 
@@ -78,7 +78,8 @@ def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
         try:
             return most_advanced(path, load_complete(path))
         except CheckpointError as error:
-            warn(f"{path.name} is left out. {error}")
+            reason = str(error).partition(" Nothing was loaded")[0]
+            warn(f"{path.name} is left out, and the next newest file is tried. {reason}")
     if not files:
         return None, {}
     raise CheckpointError(
