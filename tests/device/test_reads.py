@@ -121,6 +121,7 @@ CASES = {
         "loss": lambda: MaskedLoss(nn.BCEWithLogitsLoss(reduction="none"))},
     "logged values": {"callbacks": [LogMuch]},
     "progress in text": {"settings": {"progress": "text"}},
+    "bad samples dropped": {"settings": {"drop_bad_samples": True}},
 }  # fmt: skip
 
 VALIDATED = [case for case in CASES if case != "accumulation"]  # which is of steps
@@ -141,6 +142,12 @@ def run(case, optimizer, phase="train"):
 
     run_watched(case, optimizer, phase, WATCH, "gpu")
     return dict(WATCH.waits), WATCH.operations / (LAST - FIRST)
+
+
+def run_dropping(optimizer):
+    """Train on batches that are on the device, and drop bad samples of them."""
+    CASES["on the device, dropped"] = CASES["batches on the device"] | CASES["bad samples dropped"]
+    return run("on the device, dropped", optimizer)
 
 
 def run_watched(case, optimizer, phase, watch, device, **settings):
@@ -198,6 +205,13 @@ def test_every_other_optimizer_needs_one_read_per_step(optimizer):
 @pytest.mark.parametrize("case", VALIDATED)
 def test_a_validation_batch_needs_no_read(case):
     assert on_device(run, case, "AdamW fused", "validate")[0] == {}
+
+
+def test_a_batch_on_the_device_is_looked_at_with_one_read():
+    """Only there, and only if bad samples are to be dropped."""
+    waits, _ = on_device(run_dropping, "AdamW fused")
+    assert len(waits) == 1 and "tolist at dropping.py" in next(iter(waits)), waits
+    assert sum(waits.values()) == LAST - FIRST
 
 
 # On a real GPU, PyTorch itself tells.

@@ -5,19 +5,21 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from small import (
     At,
+    AtStep,
     Named,
     make_batches,
     make_trainer,
     same_state,
     small_net,
     spoiled,
+    stop,
     vector,
 )
-from ununennium import Callback, TrainingDiverged
+from ununennium import Callback, MaskedLoss, TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("device_decides")
 
@@ -212,3 +214,142 @@ def test_an_exploding_loss_is_described_from_its_beginning():
         TrainingDiverged, match=r"grew from step 7 on: .* norms were .* before, and .* after"
     ):
         trainer.fit(1)
+
+
+# Only the bad samples left out.
+
+
+DICE_LIKE = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), ignore_index=255)
+
+
+def binary(batches):
+    """The same images with one channel of floats as target, some of them NaN."""
+    return [
+        (image, image[:, :1].masked_fill(mask[:, None] > 2, math.nan)) for image, mask in batches
+    ]
+
+
+KINDS = {
+    "cross-entropy": (lambda batches: batches, lambda: nn.CrossEntropyLoss(ignore_index=255), 3),
+    "class weights": (lambda batches: batches, lambda: DICE_LIKE, 3),
+    "masked": (binary, lambda: MaskedLoss(nn.MSELoss(reduction="none")), 1),
+    "your own": (lambda batches: batches, lambda: own_loss, 3),
+}
+
+
+def own_loss(output, target):
+    """A mean over samples."""
+    return (output.softmax(1)[:, 0] - (target == 0).float()).square().mean()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_sample_costs_only_itself(optimizer, accumulation, kind):
+    """Bit for bit the run of a loader that never had it, batch norms and means included."""
+    change, loss, classes = KINDS[kind]
+    bad, without = change(make_batches(7, size=4)), []
+    for number, rows in ((1, [2]), (4, [0, 3]), (5, [0, 1, 2, 3])):
+        for row in rows:
+            bad[number][0][row, 1, 2, 3] = math.nan
+    for image, target in bad:
+        rows = image.flatten(1).isfinite().all(1)
+        without.append((image[rows], target[rows]))
+    without[5] = bad[5][0].nan_to_num(), torch.full_like(bad[5][1], 255)
+    if kind in ("masked", "your own"):  # which know no label to ignore
+        without.pop(5)
+        bad.pop(5)
+    settings = {"optimizer": OPTIMIZERS[optimizer], "accumulation_steps": accumulation}
+    one, other = (
+        make_trainer(
+            batches, model=small_net(classes), loss=loss(), metrics={},
+            drop_bad_samples=drops, **settings,
+        )
+        for batches, drops in ((bad, True), (without, False))
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="samples of train_loader were left out"):
+        history = one.fit(2)
+    expected = other.fit(2)
+    assert history.pop("train_dropped_samples") == [7.0 if len(bad) == 7 else 3.0] * 2
+    assert same_state(one, other) and history == expected
+    assert history["train_skipped_steps"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_without_the_setting_a_bad_sample_costs_its_step(optimizer):
+    trainer = make_trainer(spoiled(4), optimizer=OPTIMIZERS[optimizer])
+    with pytest.warns(UserWarning, match="1 step was skipped"):
+        history = trainer.fit(1)
+    assert "train_dropped_samples" not in history and history["train_skipped_steps"] == [1.0]
+
+
+def test_dropped_files_are_named_once_in_a_run(recwarn):
+    """Python shows the same sentence once, so each epoch has the same, however it is shuffled."""
+    loader = DataLoader(Named(bad=(3, 8, 10)), batch_size=4, shuffle=True)
+    history = make_trainer(loader, drop_bad_samples=True, seed=0).fit(3)
+    told = {str(warning.message) for warning in recwarn}
+    assert told == {
+        "3 samples of train_loader were left out, because their input is not finite: filename "
+        "tile_3.tif, tile_8.tif, tile_10.tif."
+    }
+    assert history["train_dropped_samples"] == [3.0] * 3
+
+
+def test_samples_without_names_have_their_index_in_the_data_set():
+    image, mask = make_batches(1, size=12)[0]
+    image[7, 0, 0, 0] = math.nan
+    loader = DataLoader(TensorDataset(image, mask), batch_size=4, shuffle=True)
+    with pytest.warns(UserWarning, match=r"left out, .*: dataset index 7\.$"):
+        make_trainer(loader, drop_bad_samples=True).fit(1)
+
+
+def test_the_line_of_the_epoch_has_the_count(capsys):
+    with pytest.warns(UserWarning, match="left out"):
+        make_trainer(
+            spoiled(4), drop_bad_samples=True, progress="text", model=small_net(norm=False)
+        ).fit(1)
+    line = capsys.readouterr().out
+    assert line.rstrip().endswith("1 sample dropped") and "train_dropped" not in line
+
+
+def test_validation_leaves_them_out_too():
+    train, val = make_batches(4), spoiled(1, count=3)
+    without = [(image[rows], mask[rows]) for image, mask in val
+               for rows in [image.flatten(1).isfinite().all(1)]]  # fmt: skip
+    one = make_trainer(train, val, drop_bad_samples=True)
+    other = make_trainer(train, without)
+    with pytest.warns(UserWarning, match=r"^1 sample of the validation loader was left out, .*: "
+                      r"batch index 1, sample 0\.$"):  # fmt: skip
+        history = one.fit(1)
+    assert history.pop("train_dropped_samples") == [0.0] and history == other.fit(1)
+
+
+@pytest.mark.filterwarnings("ignore:.* left out")
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_resumed_run_has_counted_each_dropped_sample_once(steps, tmp_path):
+    def make(callbacks=()):
+        loader = DataLoader(Named(bad=(3, 8, 10), count=24), batch_size=4, shuffle=True)
+        return make_trainer(loader, drop_bad_samples=True, seed=0, callbacks=callbacks)
+
+    straight, first, second = make(), make([AtStep(steps, stop)]), make()
+    straight.fit(2)
+    first.fit(2)
+    second.load_checkpoint(first.save_checkpoint(tmp_path / "a.pt"))
+    second.fit(2)
+    assert same_state(second, straight) and second.history == straight.history
+
+
+def test_what_cannot_be_taken_apart_is_refused_with_the_first_batch():
+    batches = [((torch.randn(2, 4, 8, 8), torch.zeros(7, 2)), torch.zeros(2, 8, 8).long())]
+    trainer = make_trainer(batches, drop_bad_samples=True)
+    with pytest.raises(
+        ValueError, match="drop_bad_samples=True needs tensors .* one N in the model"
+    ):
+        trainer.fit(1)
+
+
+def test_check_tells_of_samples_that_will_be_dropped(capsys):
+    problems = make_trainer(
+        DataLoader(Named(bad=(1,)), batch_size=6), drop_bad_samples=True
+    ).check()
+    assert problems == ["Not finite, and left out of the batch: filename tile_1.tif."]

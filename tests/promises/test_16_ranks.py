@@ -237,6 +237,45 @@ def test_steps_are_skipped_together_and_the_culprit_is_found():
         )
 
 
+def chips_of(rank, without):
+    """Batches of a rank: rank 1 has bad chips, once all of a batch, or batches without them."""
+    batches = []
+    for number in range(3):
+        chips = [Chips(99)[4 * number + 20 * rank + n] for n in range(4)]
+        image, mask = (torch.stack([chip[name] for chip in chips]) for name in ("image", "mask"))
+        bad = {(1, 0): [2], (1, 2): [0, 1, 2, 3]}.get((rank, number), [])
+        image[bad, 0, 0, 0] = torch.nan
+        rows = [row for row in range(4) if row not in bad]
+        if not without:
+            batches.append({"image": image, "mask": mask, "index": list(range(number, number + 4))})
+        elif rows:
+            batches.append((image[rows], mask[rows]))
+    return batches
+
+
+def train_without_bad_chips(without):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(chips_of(dist.get_rank(), without), drop_bad_samples=not without)
+        history = trainer.fit(2)
+    vector = nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
+    told = [str(warning.message) for warning in caught if "left out" in str(warning.message)]
+    return vector, dict(history), told
+
+
+def test_bad_samples_of_a_rank_are_left_out_and_named_by_rank_0():
+    found, expected = (on_ranks(2, train_without_bad_chips, without) for without in (False, True))
+    for (vector, history, _), (other, known, _) in zip(found, expected, strict=True):
+        assert torch.equal(vector, other)
+        assert history["train_loss"] == known["train_loss"]
+        assert history["train_dropped_samples"] == [5.0, 5.0]
+    told = [told for _, _, told in found]
+    assert told[1] == [] and told[0] == 2 * [
+        "5 samples of train_loader were left out, because their input is not finite: index 2, 3, "
+        "4, 5."
+    ]  # 2 was in two batches
+
+
 def warnings_of(kind):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

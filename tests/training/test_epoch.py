@@ -4,9 +4,18 @@ import contextlib
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, DistributedSampler
 
+from ununennium.sampling import own_share
 from ununennium.training.batches import AccumulationWindows, MicroBatch
-from ununennium.training.epoch import OpenEpoch, check_end, epoch_state, load_epoch, suspend
+from ununennium.training.epoch import (
+    OpenEpoch,
+    check_end,
+    epoch_state,
+    inherit_epoch,
+    load_epoch,
+    suspend,
+)
 from ununennium.training.loader import ResumableLoader
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.step import Step
@@ -21,6 +30,11 @@ def prepare(raw, number):
 
 def open_epoch(loader, size=2):
     return OpenEpoch(AccumulationWindows(loader, size, prepare))
+
+
+def own_loader():
+    sampler = DistributedSampler(range(20), num_replicas=1, rank=0, shuffle=False)
+    return ResumableLoader(own_share(DataLoader(range(20), 2, sampler=sampler), 1))
 
 
 def take(epoch, stepped=True):
@@ -89,3 +103,18 @@ def test_the_end_of_an_epoch_is_checked():
         epoch.next_window()
     with pytest.warns(TrainingWarning, match="epoch 1, of 2 batches, may lack one or more"):
         check_end(epoch, 0)
+
+
+def test_a_file_has_the_names_of_samples_that_were_left_out_of_batches_that_are_done():
+    """Those of a window that was read ahead are read, and left out, again."""
+    loader, names = ResumableLoader([1.0] * 6), [["filename", "a.tif"]]
+    epoch = open_epoch(loader)
+    take(epoch)
+    epoch.dropped |= {1: names, 2: names}
+    state = epoch_state(epoch, loader)
+    assert load_epoch(state, torch.device("cpu")).dropped == {1: names}
+    epoch.dropped.clear()
+    assert "dropped" not in epoch_state(epoch, loader)
+    assert inherit_epoch([state | {"samples": 4}, state], own_loader(), 0)["dropped"] == {
+        0: names + names
+    }

@@ -1,22 +1,25 @@
 """Predictions are those of a loop by hand, in the loader's order, and leave no trace."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from device import on_device
+from processes import on_ranks
 from small import make_batches, make_trainer, same_state, small_net
 from ununennium import (
     Callback,
-    CheckpointError,
     MaskedLoss,
     Trainer,
     TrainerConfig,
-    load_weights,
     predict,
 )  # fmt: skip
 from ununennium.training.messages import TrainingWarning
@@ -205,16 +208,6 @@ def test_an_overridden_predict_of_a_loader_is_not():
     assert np.array_equal(trainer.predict(LOADER), by_hand(model).argmax(1).numpy() + 1)
 
 
-def test_weights_of_a_checkpoint_predict_in_another_script(tmp_path):
-    trainer = make_trainer()
-    trainer.fit(1)
-    path = trainer.save_checkpoint(tmp_path / "run.pt")
-    found = predict(load_weights(small_net(), path), LOADER, config=CPU)
-    assert np.array_equal(found, trainer.predict(LOADER))
-    with pytest.raises(CheckpointError, match="holds another model"):
-        load_weights(nn.Conv2d(4, 3, 1), path)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [(CHIPS, "DataLoader.TensorDataset.images."), (CHIPS.numpy(), "got an array")],
@@ -257,3 +250,218 @@ def predicted_there(device):
 
 def test_on_a_device_predictions_are_the_same():
     assert np.allclose(on_device(predicted_there, "gpu"), predicted_there("cpu"))
+
+
+# What is not said must not be wrong.
+
+
+def make(model, loss, loader=LOADER, **settings):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = TrainerConfig(device="cpu", progress="none", **settings)
+    return Trainer(model, optimizer, loss, loader, config=config)
+
+
+def test_a_model_that_ends_with_a_sigmoid_is_taken_at_its_word():
+    model = nn.Sequential(nn.Conv2d(4, 1, 1), nn.Sigmoid())
+    shares = by_hand(model)[:, 0].numpy()
+    for loss in (nn.BCELoss(), MaskedLoss(nn.BCELoss(reduction="none"))):
+        trainer = make(model, loss)
+        assert np.array_equal(trainer.predict(LOADER, "probabilities"), shares)
+        assert np.array_equal(trainer.predict(LOADER), shares > 0.5)
+    assert 0 < (shares > 0.5).mean() < 1
+
+
+def test_probabilities_of_several_labels_do_not_sum_to_one():
+    """The loss says what the channels mean, also where you say what you want."""
+    model = nn.Conv2d(4, 3, 1)
+    trainer = make(model, nn.BCEWithLogitsLoss())
+    expected = by_hand(model).sigmoid().numpy()
+    assert np.array_equal(trainer.predict(LOADER, "probabilities"), expected)
+    assert np.array_equal(trainer.predict(LOADER, "classes"), by_hand(model).numpy() > 0)
+
+
+@pytest.mark.parametrize("output", ["classes", "probabilities"])
+def test_a_regression_has_no_classes(output):
+    with pytest.raises(
+        ValueError, match=f"output='{output}' needs scores of classes, and the loss"
+    ):
+        make(nn.Conv2d(4, 1, 1), nn.L1Loss()).predict(LOADER, output)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_prediction_over_the_loader_of_the_run_does_not_change_its_order(workers):
+    """Its generator is that of the next epoch."""
+
+    def run():
+        generator, data = (
+            torch.Generator().manual_seed(3),
+            TensorDataset(CHIPS, CHIPS[:, :3].argmax(1)),
+        )
+        loader = DataLoader(data, 2, shuffle=True, generator=generator, num_workers=workers)
+        return make(small_net(), nn.CrossEntropyLoss(), loader)
+
+    plain, looking = run(), run()
+    for trainer in (plain, looking):
+        trainer.fit(1)
+    with pytest.warns(TrainingWarning, match="shuffles"):
+        looking.predict(looking.train_loader)
+    assert plain.fit(1) == looking.fit(1) and same_state(plain, looking)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("output", ["classes", "raw"])
+def test_a_prediction_from_nothing_is_told_with_its_row(value, output):
+    chips = CHIPS.clone()
+    chips[(3, 9), 0, 0, 0] = value
+    loader = DataLoader(TensorDataset(chips), batch_size=4)
+    with pytest.warns(
+        TrainingWarning, match=r"output for 2 samples is not finite.*: row 3, 9\. Look"
+    ):
+        found = predict(small_net(norm=False), loader, output, config=CPU)
+    assert len(found) == 11
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(small_net(), LOADER, config=CPU)
+
+
+def test_an_error_names_its_batch():
+    loader = [CHIPS[:4], {"image": CHIPS[4:, :3], "filename": [f"{n}.tif" for n in range(7)]}]
+    with pytest.raises(
+        ValueError, match="The image has 3 channels and the model takes 4"
+    ) as caught:
+        predict(small_net(), loader, config=CPU)
+    where = "This is batch index 1 of the loader (filename 0.tif, 1.tif, 2.tif, 3.tif, 4.tif and"
+    assert where in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (TensorDataset(CHIPS), "loader is a data set, TensorDataset, which gives samples"),
+        ({"image": CHIPS}, r"got a dict\. .* for a single batch \[batch\]"),
+        (None, "loader is of type NoneType, which gives no batches"),
+    ],
+)
+def test_what_is_no_loader_is_told(loader, message):
+    with pytest.raises(TypeError, match=message):
+        predict(small_net(), loader, config=CPU)
+
+
+def test_a_dictionary_without_a_prediction_is_told():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return {"scores": self.net(x)}
+
+    with pytest.raises(
+        ValueError, match=r"without 'out'.*\n.*override Trainer.run_model to return"
+    ):
+        predict(Named(), LOADER, config=CPU)
+
+
+def test_an_old_hook_may_take_several_inputs():
+    class Old(Trainer):
+        def predict(self, inputs):
+            return super().predict(inputs[0] + inputs[1])
+
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, parts):
+            return self.net(parts[0] + parts[1])
+
+    class Passing(Trainer):
+        def predict(self, inputs):
+            return super().predict(inputs)  # a tuple, which is no loader
+
+    pairs, found = [((CHIPS, CHIPS), CHIPS[:, :3].argmax(1))], []
+    for kind, model in ((Old, small_net()), (Passing, Sums())):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with pytest.warns(TrainingWarning, match="is taken for the method"):
+            trainer = kind(model, optimizer, nn.CrossEntropyLoss(), pairs, config=CPU)
+        found.append(trainer.predict(pairs))
+    assert np.array_equal(*found)
+
+
+# Ten thousand chips.
+
+TEN_THOUSAND = """
+import resource, sys
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ununennium import TrainerConfig, predict
+
+torch.set_num_threads(1)
+
+
+class Chips(Dataset):
+    def __len__(self):
+        return 10_000
+
+    def __getitem__(self, number):
+        return NOISE.roll(number, -1) + number % 7
+
+
+NOISE = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # MB
+
+
+config = TrainerConfig(device="cpu", progress="none")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1)).eval()
+loader = DataLoader(Chips(), batch_size=16)
+predict(model, [next(iter(loader))], config=config)
+before = peak()
+out = np.lib.format.open_memmap(sys.argv[1], "w+", "uint8", (10_000, 64, 64))
+predict(model, loader, out=out, config=config)
+print(peak() - before)
+
+with torch.no_grad():
+    for number, batch in enumerate(loader):
+        by_hand = model(batch).argmax(1).numpy()
+        assert np.array_equal(out[16 * number : 16 * number + len(batch)], by_hand), number
+"""
+
+
+@pytest.mark.slow
+def test_ten_thousand_chips_are_those_of_a_loop_by_hand_in_the_memory_of_a_few(tmp_path):
+    """The chips have 655 MB, their classes 41 MB, which are on the disk."""
+    command = [sys.executable, "-c", TEN_THOUSAND, str(tmp_path / "maps.npy")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) < 120, ended.stdout
+
+
+# Several processes.
+
+
+def predict_own_part(model):
+    """Rank 1 alone predicts, as it can; then each its own part, of unequal lengths."""
+    rank = dist.get_rank()
+    trainer = make(DistributedDataParallel(model), nn.CrossEntropyLoss(), batches_of_ranks())
+    alone = trainer.predict([CHIPS]) if rank == 1 else None
+    part = trainer.predict([CHIPS[:4], CHIPS[4:6]] if rank else [CHIPS[6:]])
+    return alone, part
+
+
+def batches_of_ranks():
+    return [(CHIPS[:2], CHIPS[:2, :3].argmax(1))]
+
+
+def test_each_rank_predicts_its_own_loader():
+    model = small_net()
+    expected = by_hand(model, size=11).argmax(1).numpy()
+    (_, last), (alone, first) = on_ranks(2, predict_own_part, model)
+    assert np.array_equal(alone, expected)
+    assert np.array_equal(np.concatenate([first, last]), expected)

@@ -8,71 +8,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skipping import make_batch, plain_count, runs
 
 from small import HostReads
 from ununennium import TrainingDiverged
-from ununennium.training.batches import MicroBatch
-from ununennium.training.finite import CHECKED
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.skips import (
-    DeviceTally,
     DivergenceTrail,
-    SkipCounts,
     SkippedSteps,
     batch_text,
     find_culprit,
-    first_skip,
     growth_of,
-    skip_runs,
+    others_message,
+    quote_culprit,
 )
 from ununennium.training.step import Step
 
 
-def make_batch(number=0, raw=None, inputs=None, **checks):
-    values = {name: torch.tensor(value) for name, value in ({"loss": 0.5} | checks).items()}
-    return MicroBatch(
-        raw, inputs, None, 1.0, number, losses={"loss": values["loss"]}, checks=values
-    )
-
-
 def note(skips, window, stepped, number=0, epoch=0, norm=1.0):
     skips.note(Step(window, torch.tensor(norm), stepped), number, epoch)
-
-
-def plain_count(windows, outcomes):
-    """Count as the definition says, with nothing but Python's own loops."""
-    first, run, longest = None, 0, 0
-    for window, stepped in zip(windows, outcomes, strict=True):
-        run = 0 if stepped else run + 1
-        longest = max(longest, run)
-        if not stepped and first is None:
-            bad = [
-                (batch.number, name)
-                for batch in window
-                for name in CHECKED
-                if name in batch.checks and not math.isfinite(batch.checks[name])
-            ]
-            first = bad[0] if bad else (window[0].number, "gradient")
-    return {
-        "count": outcomes.count(False), "first": first, "in_a_row": run, "longest": longest,
-    }  # fmt: skip
-
-
-@st.composite
-def runs(draw, most=40):
-    """Windows and whether their steps were taken; bad checks only where they were not."""
-    outcomes = draw(st.lists(st.booleans(), min_size=1, max_size=most))
-    size, number, windows = draw(st.integers(1, 3)), 0, []
-    for stepped in outcomes:
-        window = []
-        for _ in range(size):
-            names = st.sampled_from([*CHECKED, None, None])
-            bad = None if stepped else draw(names)
-            checks = {name: 1.0 for name in CHECKED if name != "target" or draw(st.booleans())}
-            window.append(make_batch(number, **(checks | ({bad: math.nan} if bad else {}))))
-            number += 1
-        windows.append(window)
-    return windows, outcomes
 
 
 # Counting.
@@ -105,23 +59,6 @@ def test_counting_on_the_device_is_counting_on_the_host(steps, size, skipped, se
 
 
 @settings(deadline=None)
-@given(runs(), st.integers(1, 7), st.data())
-def test_a_tally_is_the_plain_count_however_often_it_is_folded(run, size, data):
-    windows, outcomes = run
-    before = data.draw(st.integers(0, 5))
-    tally, expected = DeviceTally(before), plain_count(windows, outcomes)
-    tally.size = size
-    for window, stepped in zip(windows, outcomes, strict=True):
-        tally.add(window, torch.tensor(stepped))
-    start = outcomes.index(True) if True in outcomes else len(outcomes)
-    expected["longest"] = max(expected["longest"], (before + start) * (start > 0))
-    expected["in_a_row"] += before * (True not in outcomes)
-    found, late = tally.read()
-    assert found == SkipCounts(**expected) and late == found.count
-    assert tally.read() == (found, late)
-
-
-@settings(deadline=None)
 @given(runs(), st.lists(st.sampled_from(["host", "device", "read"]), min_size=40, max_size=40))
 def test_host_device_and_readings_mix(run, ways):
     windows, outcomes = run
@@ -137,27 +74,6 @@ def test_host_device_and_readings_mix(run, ways):
     assert skips.uncounted() == on_device
 
 
-@given(st.lists(st.booleans(), min_size=1), st.integers(0, 3))
-def test_runs_of_skips(outcomes, before):
-    expected, run = [], before
-    for stepped in outcomes:
-        run = 0 if stepped else run + 1
-        expected.append(run)
-    stepped = torch.tensor(outcomes)
-    assert skip_runs(stepped, ~stepped, before).tolist() == expected
-    assert skip_runs(stepped, ~stepped, torch.tensor(before)).tolist() == expected
-
-
-def test_the_first_skip_among_windows_of_unequal_size():
-    numbers = [[0, 1, 2], [3], [4, 5]]
-    finite = torch.ones(6, len(CHECKED), dtype=torch.bool)
-    skipped = torch.tensor([False, False, True])
-    assert first_skip(numbers, finite, skipped).tolist() == [4, 1, 1, 1, 1, 1]
-    finite[5, 1:] = finite[0, 0] = False  # the second hides in a step that was taken
-    assert first_skip(numbers, finite, skipped).tolist() == [5, 1, 1, 0, 0, 0]
-    assert first_skip(numbers, finite, ~skipped).tolist() == [0, 1, 0, 1, 1, 1]
-
-
 def test_nothing_is_read_until_it_is_asked_for():
     skips = SkippedSteps(limit=10**9)
     outcomes = torch.rand(600) > 0.3
@@ -169,32 +85,8 @@ def test_nothing_is_read_until_it_is_asked_for():
     assert reads.count == 0
     with HostReads() as reads:
         assert skips.uncounted() == skips.state_dict()["count"] == skips.uncounted()
-    assert reads.count <= 12  # one tolist of nine numbers, however many steps
+    assert reads.count <= 12  # one copy to the host, however many steps
     assert skips.uncounted() == int((~outcomes).sum())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
-def test_counting_on_a_gpu():
-    windows = [[make_batch(n, output=math.nan if n % 7 == 5 else 1.0)] for n in range(700)]
-    outcomes = [n % 7 != 5 for n in range(700)]
-    on_gpu = [torch.tensor(outcome, device="cuda") for outcome in outcomes]
-    for (batch,) in windows:
-        batch.checks = {name: check.cuda() for name, check in batch.checks.items()}
-    tally = DeviceTally()
-    for window, stepped in zip(windows, on_gpu, strict=True):
-        tally.add(window, stepped)
-    assert tally.read() == (SkipCounts(100, (5, "output"), 0, 1), 100)
-
-
-def test_windows_without_a_valid_pixel_are_neither_taken_nor_skipped():
-    tally = DeviceTally(before := 1)
-    for number, outcome in enumerate("e.se.sees"):  # empty, taken, skipped
-        stepped, empty = torch.tensor(outcome == "."), torch.tensor(outcome == "e")
-        tally.add([make_batch(number)], stepped, empty)
-    counts, late = tally.read()
-    assert counts == SkipCounts(3, (2, "gradient"), in_a_row=2, longest=2)
-    assert late == 7 and before == 1
 
 
 def test_an_empty_window_is_no_step():
@@ -317,6 +209,69 @@ def test_an_overflow_of_a_scaled_loss_is_no_reason_to_warn_but_a_bad_image_is():
         note(skips, [make_batch(**checks)], False)
         count, messages = closing(skips, scaled=True)
         assert count == 1 and len(messages) == warned
+
+
+@pytest.mark.parametrize("decide", [bool, torch.tensor])
+def test_all_skipped_steps_are_named_with_their_files_once_each(decide):
+    skips = SkippedSteps(limit=99)
+    for number in range(30):
+        raw = {"filename": [f"t{number % 26}.tif"]}
+        culprit = "output" if number == 3 else "input"
+        image = torch.full((1, 1, 2, 2), 0.0 if number == 3 else math.nan)
+        note(
+            skips, [make_batch(number, raw, image, **{culprit: math.nan})], decide(number % 2 == 0)
+        )
+    _, (message,) = closing(skips)
+    assert message.startswith(
+        "Epoch 1: 15 steps were skipped because the gradient was not finite, "
+        "the first at batch index 1 (filename t1.tif), where the input"
+    )
+    others = message.partition("The other skipped steps: ")[2]
+    assert others.startswith("batch index 3 (filename t3.tif), its output; batch index 5 (filename")
+    assert others.endswith("batch index 25 (filename t25.tif); and 2 more.")  # t1 and t3 again
+    assert others.count(".tif") == 12
+
+
+def test_the_list_of_skipped_steps_ends():
+    told = [(f"batch index {n}", "input") for n in range(64)]
+    message = others_message(told, 500)
+    assert message.count("batch") == 20 and message.endswith("batch index 20; and 479 more.")
+
+
+@pytest.mark.parametrize("decide", [bool, torch.tensor])
+def test_samples_without_names_have_their_index_in_the_data_set(decide):
+    skips = SkippedSteps(limit=9)
+    skips.tally.locate = {4: [57, 3]}.get
+    image = torch.zeros(2, 1, 2, 2)
+    image[1] = math.nan
+    note(skips, [make_batch(4, image, image, input=math.nan)], decide(False))
+    _, (message,) = closing(skips)
+    assert f"index 4 (dataset index {'3' if decide is bool else '57, 3'}), where" in message
+
+
+def test_a_batch_that_lacks_samples_quotes_all_names():
+    """The third row of what is left was the fourth that was read."""
+    left = make_batch(0, {"filename": list("abcd")}, torch.tensor([[0.0], [0.0], [math.nan]]))
+    names = "filename", list("abcd")
+    assert quote_culprit(left, "input", names) == "filename a, b, c, d"
+
+
+@pytest.mark.parametrize("decide", [bool, torch.tensor])
+def test_a_bad_image_is_told_among_overflows_of_a_scaled_loss(decide):
+    skips = SkippedSteps(limit=9)
+    for number, checks in enumerate(({}, {}, {"input": math.nan}, {})):
+        note(skips, [make_batch(number, **checks)], decide(False))
+    count, (message,) = closing(skips, scaled=True)
+    assert count == 4 and "1 step was skipped" in message and "at batch index 2, where" in message
+
+
+def test_a_resumed_epoch_says_how_many_more_there_were():
+    skips = SkippedSteps(limit=9)
+    skips.load_state_dict({"count": 3, "first": [2, "input"], "in_a_row": 0, "longest": 1})
+    note(skips, [make_batch(8, input=math.nan)], False)
+    _, (message,) = closing(skips)
+    assert "4 steps were" in message and "first at batch index 2" in message
+    assert message.endswith("The other skipped steps: batch index 8; and 2 more.")
 
 
 @pytest.mark.parametrize(("decide", "names"), [(bool, "b.tif"), (torch.tensor, "a.tif, b.tif")])

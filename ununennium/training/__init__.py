@@ -14,9 +14,10 @@ from .dashboard import Dashboard
 from .ema import EMA
 from .loop import Loop
 from .messages import TrainingWarning
-from .predicting import load_weights, predict
+from .predicting import predict
 from .step import TrainingDiverged
 from .trainer import Trainer
+from .weights import load_weights
 
 _all_ = [
     "Callback",

@@ -76,7 +76,7 @@ def sample_names(batch: Any) -> tuple[str, list[str]] | None:
     return key, [str(name) for name in (names if isinstance(names, (list, tuple)) else [names])]
 
 # %% ../../nbs/training/40_batches.ipynb #batches-011
-def quote_names(names: tuple[str, list[str]] | None, rows: list[int] | None = None) -> str:
+def quote_names(names: tuple[str, list[Any]] | None, rows: list[int] | None = None) -> str:
     """Return the names of samples as text.
 
     Parameters
@@ -95,7 +95,7 @@ def quote_names(names: tuple[str, list[str]] | None, rows: list[int] | None = No
         return f"sample {', '.join(map(str, rows))}" if rows else ""
     chosen = [names[1][row] for row in rows or range(len(names[1])) if row < len(names[1])]
     more = f" and {len(chosen) - 5} more" if len(chosen) > 5 else ""
-    return f"{names[0]} {', '.join(chosen[:5])}{more}"
+    return f"{names[0]} {', '.join(map(str, chosen[:5]))}{more}"
 
 # %% ../../nbs/training/40_batches.ipynb #batches-n014
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

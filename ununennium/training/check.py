@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ..distributed import is_part
 from .batches import MicroBatch, num_batches, open_iterator, prediction
 from .batches import quote_names, sample_names
+from .dropping import preparer, quote_pairs
 from .finite import bad_rows
 from .lockstep import failures_told, shared_call
 from .loop import Loop
@@ -254,16 +255,12 @@ def inspect_loss_value(run: Run, batch: MicroBatch) -> tuple[str, list[str]]:
 
 # %% ../../nbs/training/78_check.ipynb #check-047
 def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str], list[str]]:
-    """Take a batch forward and backward as the run would.
-
-    Returns
-    -------
-    dict, list, list
-        The report's lines by name, a sentence for each problem, the names of the losses.
-    """
-    batch = run.task.prepare(raw, 0)
+    """Take a batch forward and backward as the run would; return report, problems, loss names."""
+    batch = preparer(run.task, dropped := {})(raw, 0)
     report: dict[str, str] = {}
     report["input"], problems = inspect_image(batch.inputs, sample_names(raw))
+    for names in dropped.values():
+        problems.append(f"Not finite, and left out of the batch: {quote_pairs(names)}.")
     run.task.model.train()
     run.modes.apply(run.task.model)
     with SavedTensorBytes(run.task.model) as saved:

@@ -53,6 +53,7 @@ FLAGS = {
     "mixed_precision": " Pass the type as amp_dtype='float16' or 'bfloat16'.",
     "sharded_checkpoints": "",
     "channels_last": "",
+    "drop_bad_samples": "",
     "compile": " For another mode, compile the model yourself: torch.compile(model, mode=...).",
 }  # each with a hint
 
@@ -72,8 +73,7 @@ class TrainerConfig:
     epochs
         Total number of epochs that `fit()` without an argument trains up to.
     device
-        `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"`, or `"auto"`. Without a GPU, `"cuda"` falls back to
-        the CPU with a warning, `"auto"` silently.
+        `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"` or `"auto"`; `"cuda"` takes a CPU with a warning.
     mixed_precision, amp_dtype
         On CUDA, compute in `"float16"` with loss scaling, or in `"bfloat16"`. A CPU does so only
         for `device="cpu"` together with `"bfloat16"`. Parameters are always in full precision.
@@ -88,8 +88,8 @@ class TrainerConfig:
     scores
         Some of `"IoU"`, `"F1"`, `"precision"`, `"recall"`, `"accuracy"`, `"kappa"`, also beside
         `metrics`; None for the usual ones, unless there are `metrics`.
-    max_skipped_steps
-        Skipped steps in a row, for gradients that are not finite, after which training fails.
+    max_skipped_steps, drop_bad_samples
+        Skipped steps in a row that end training; whether to leave samples with NaN out of a batch.
     seed
         Seeds PyTorch, NumPy and `random` at the start, rank r with `seed + r`; None does not.
     progress
@@ -119,6 +119,7 @@ class TrainerConfig:
     class_names: Sequence[str] | None = None
     scores: Sequence[str] | None = None
     max_skipped_steps: int = 25
+    drop_bad_samples: bool = False
     seed: int | None = None
     progress: str = "auto"
     sharded_checkpoints: bool = False

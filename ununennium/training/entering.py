@@ -12,7 +12,9 @@ from typing import Any
 from ..distributed import share_buffers
 from ..sampling import announce_epoch
 from .ahead import open_windows
+from .dropping import close_dropped, preparer
 from .epoch import OpenEpoch, check_end, totals
+from .loader import ResumableLoader
 from .logged import joined
 from .messages import warn
 from .parts import check_same_model
@@ -48,6 +50,11 @@ def read_again(run: Run, epoch: OpenEpoch) -> None:
     epoch.before = None
 
 # %% ../../nbs/training/66_entering.ipynb #91eea029
+def indices_after(loader: ResumableLoader, inherited: int, number: int) -> list[Any] | None:
+    """Return the indices of a batch's samples in the data set, or None if they are not known."""
+    return loader.indices_of(number - inherited)
+
+
 def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     """Return the open epoch; begin or resume it first if necessary. `call` calls a hook."""
     if run.open is not None and run.open.windows is not None:
@@ -61,7 +68,9 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     epoch = run.open or OpenEpoch()
     size, copies = run.config.accumulation_steps, run.task.copies
     random = functools.partial(random_state, *random_owners(run), device=run.task.device)
-    parts = size, run.task.prepare, epoch.batches, copies, random
+    locate = functools.partial(indices_after, loader, epoch.inherited[1])
+    run.skips.tally.locate, prepare = locate, preparer(run.task, epoch.dropped, locate)
+    parts = size, prepare, epoch.batches, copies, random
     epoch.windows = open_windows(loader, resume_loader(run, epoch), *parts)
     run.open, epoch.lockstep = epoch, run.lockstep
     read_again(run, epoch)
@@ -74,6 +83,10 @@ def close_epoch(
     """Close an epoch; return its scores with learning rate, counts and logged values."""
     uncounted, scaler = run.skips.uncounted(), run.task.precision.scaler
     skipped = run.skips.close_epoch(run.progress.epoch, scaled=scaler.is_enabled())
+    dropped = {}
+    if run.config.drop_bad_samples:
+        parts = run.lockstep.ranks, epoch.dropped, "train_loader", epoch.batches
+        dropped["train_dropped_samples"] = float(close_dropped(*parts))
     run.progress.global_step -= uncounted
     run.waited += epoch.windows.waited if epoch.windows else 0.0
     run.open, ranks = None, run.lockstep.ranks
@@ -82,7 +95,7 @@ def close_epoch(
         "lr": float(run.optimizer.param_groups[0]["lr"]),
         "train_skipped_steps": float(skipped),
         "train_empty_batches": float(empty),
-    }
+    } | dropped
     return joined(dict(scores or {}) | counts, run.logged.take(ranks) if has_logged else {})
 
 # %% ../../nbs/training/66_entering.ipynb #8331db1a

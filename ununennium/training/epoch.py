@@ -5,6 +5,7 @@
 # %% ../../nbs/training/62_epoch.ipynb #f64b9343
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,17 +41,15 @@ class OpenEpoch:
 
     Parameters
     ----------
-    windows
-        The windows that remain to be read; None if the epoch has to be entered again first.
-    position
-        Where to resume the loader then; see `ResumableLoader.state`.
+    windows, position
+        The windows that remain to be read; None if the epoch has to be entered again first, and
+        where to resume the loader then; see `ResumableLoader.state`.
     window, before
         The batches that were read, but whose step is not done; if the file has a window that was
         read ahead, the random state from which to read it again.
-    means
-        Weighted means of the losses so far.
-    batches, empty
-        Batches done, and how many of them had no valid pixel.
+    means, batches, empty, dropped
+        Weighted means of the losses so far, batches done, how many of them had no valid pixel, and
+        by batch the names of samples that were left out.
     is_broken
         Whether the loader raised an error and its iterator was dropped.
     inherited
@@ -70,6 +69,7 @@ class OpenEpoch:
     inherited: tuple[int, int] = (0, 0)
     lockstep: Lockstep = field(default_factory=Lockstep)
     example: MicroBatch | None = None
+    dropped: dict[int, list[list[str]]] = field(default_factory=dict)
 
     @property
     def read(self) -> int:
@@ -126,6 +126,9 @@ def epoch_state(epoch: OpenEpoch, loader: ResumableLoader) -> dict[str, Any]:
         before = None if epoch.window else epoch.windows.before
         place = loader.state(epoch.read, draws_again=before is not None)
     is_over = bool(place) and place["is_over"]
+    dropped = {n: names for n, names in epoch.dropped.items() if n < epoch.batches}
+    more = {"before": before} if before is not None else {}
+    more |= {"dropped": dropped} if dropped else {}
     return {
         "batches": epoch.batches,
         "empty": int(epoch.empty),
@@ -134,7 +137,7 @@ def epoch_state(epoch: OpenEpoch, loader: ResumableLoader) -> dict[str, Any]:
         "place": place,
         "inherited": list(epoch.inherited),
         "samples": samples_done(loader.loader, epoch.read, is_over),
-    } | ({} if before is None else {"before": before})
+    } | more
 
 # %% ../../nbs/training/62_epoch.ipynb #6a34f7f4
 def load_epoch(state: dict[str, Any], device: torch.device) -> OpenEpoch:
@@ -146,6 +149,7 @@ def load_epoch(state: dict[str, Any], device: torch.device) -> OpenEpoch:
         empty=state["empty"],
         is_broken=bool(state["is_broken"]),
         inherited=tuple(state.get("inherited", (0, 0))),
+        dropped=dict(state.get("dropped", {})),
     )
     for name, mean in state["means"].items():
         epoch.means[name].load_state_dict(mean, device)
@@ -171,6 +175,7 @@ def inherit_epoch(states: list[Any], loader: ResumableLoader, rank: int) -> dict
         return None
     batches = -(-samples // size)  # rounded up
     logged = merged_by_name([state.get("logged", {}) for state in states]) if rank == 0 else {}
+    noted = [pairs for state in states for pairs in state.get("dropped", {}).values()]
     return {
         "batches": batches,
         "empty": sum(state["empty"] for state in states) if rank == 0 else 0,
@@ -180,6 +185,7 @@ def inherit_epoch(states: list[Any], loader: ResumableLoader, rank: int) -> dict
         "inherited": [samples, batches],
         "samples": samples,
         "logged": logged,
+        "dropped": {0: list(itertools.chain(*noted))} if rank == 0 else {},
     }
 
 # %% ../../nbs/training/62_epoch.ipynb #epoch-n022

@@ -20,6 +20,7 @@ from ..metrics import ConfusionMatrix, MetricSet
 from ..metrics import check_mergeable, members_of, syncs_itself
 from .batches import MicroBatch, open_iterator, prediction
 from .batches import quote_names, sample_names, worker_deaths_told
+from .dropping import close_dropped, preparer
 from .messages import add_hint, warn
 from .modes import modes_restored
 from .parts import EMPTY_HINT
@@ -142,10 +143,13 @@ class ScoringPass:
         Computes losses and predictions.
     metrics
         The metrics to update; None chooses them by the first batch.
+    loader
+        May know the indices of its samples, which then name those that are left out.
     """
 
-    def __init__(self, task: Task, metrics: MetricSet | None) -> None:
-        self.task, self.metrics = task, metrics
+    def __init__(self, task: Task, metrics: MetricSet | None, loader: Any = None) -> None:
+        self.task, self.metrics, self.dropped = task, metrics, {}
+        self.prepare = preparer(task, self.dropped, getattr(loader, "indices_of", None))
         self.is_own = metrics is not None
         self.needs_default = metrics is None or task.config.scores is not None
         self.checks_labels = not self.is_own and not task.spec.takes_labels  # else the task did
@@ -158,11 +162,17 @@ class ScoringPass:
     def take(self, raw: Any, number: int) -> None:
         """Add what the loader gave; name it in an error."""
         try:
-            self.add(self.task.prepare(raw, number))
+            self.add(self.prepare(raw, number))
         except (ValueError, TypeError, RuntimeError) as error:
             name_batch(error, number, raw)
             add_hint(error, metric_hint(self.metrics, error))
             raise
+
+    def warn(self, ranks: Ranks, used: float) -> None:
+        """Warn of what was left out, of unused batches and of losses that are not finite."""
+        if self.task.config.drop_bad_samples:
+            close_dropped(ranks, self.dropped, "the validation loader")
+        warn_of_validation(self.losses, used, self.task.ignore_index)
 
     def add(self, batch: MicroBatch) -> None:
         """Add a batch's losses, and update the metrics with its predictions."""
@@ -309,7 +319,7 @@ class Evaluator:
 
         A rank's loader may give None while others have batches; see `stand_in` in *lockstep*.
         """
-        task, total = self.task, ScoringPass(self.task, self.metrics)
+        task, total = self.task, ScoringPass(self.task, self.metrics, loader)
         with modes_restored(task.model), random_state_kept(), task.exchange.none():
             task.model.eval()
             for number, raw in enumerate(open_iterator(loader)):
@@ -322,7 +332,7 @@ class Evaluator:
         batches, used = self.ranks.sum([total.batches, total.losses.used])
         if not batches:
             raise agreed(ValueError(f"The validation loader gave no batch. {EMPTY_HINT}"))
-        warn_of_validation(total.losses, used, task.ignore_index)
+        total.warn(self.ranks, used)
         return self.name_scores("val_", total.means, merge_metrics(self.ranks, total.metrics))
 
     def name_scores(

@@ -193,7 +193,7 @@ class LoaderIterator:
             self.states.add(self.number, worker, changed)
         self.number += 1
         if source.sampler is not None:
-            source.sampler.drawn.forget(self.number - source.max_ahead - source.workers)
+            source.sampler.drawn.forget(self.number - max(source.max_ahead, 1) - source.workers)
         elif source.max_ahead:
             self.prints.add(self.number, batch, isinstance(source.loader, (list, tuple)))
         return batch
@@ -354,6 +354,12 @@ class ResumableLoader:
         if self.iterator is None:
             raise RuntimeError("No epoch has begun. Iterate over the loader first.")
         return position_of(self.iterator, done, draws_again)
+
+    def indices_of(self, number: int) -> list[Any] | None:
+        """Return the indices of the samples of one of the latest batches, or None if unknown."""
+        sampler = self.iterator and self.iterator.source.sampler
+        drawn = sampler.drawn.at(number) if sampler else None
+        return drawn if isinstance(drawn, list) else None
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from what `state()` returned between two epochs."""

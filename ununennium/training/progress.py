@@ -46,6 +46,7 @@ def count_notes(logs: Mapping[str, float]) -> list[str]:
     for name, one, more in (
         ("train_skipped_steps", "step skipped", "steps skipped"),
         ("train_empty_batches", "batch empty", "batches empty"),
+        ("train_dropped_samples", "sample dropped", "samples dropped"),
     ):
         if count := int(logs.get(name, 0)):
             notes.append(f"{count} {one if count == 1 else more}")
@@ -54,10 +55,10 @@ def count_notes(logs: Mapping[str, float]) -> list[str]:
 # %% ../../nbs/training/32_progress.ipynb #progress-014
 def epoch_line(trainer: RunView, epoch: int, logs: Mapping[str, float]) -> str:
     """Return the scores of an epoch, counted from 0, in one line."""
-    hidden = ("val_IoU_classes", "train_skipped_steps", "train_empty_batches")
+    counts = ("train_skipped_steps", "train_empty_batches", "train_dropped_samples")
     parts = [f"epoch {epoch + 1}/{trainer.goal}"]
     for name, value in logs.items():
-        if "/" in name or name in hidden:
+        if "/" in name or name == "val_IoU_classes" or name in counts:
             continue
         parts.append(f"{name} {value:.3g}" if name == "lr" else f"{name} {value:.4f}")
         if name == "val_IoU":

@@ -67,6 +67,11 @@ class DrawnIndices:
         """Add what the sampler drew for one batch."""
         self.kept.append((index, add_to_checksum(self.end, index)))
 
+    def at(self, number: int) -> Any:
+        """Return what was drawn for a numbered batch; None if it is not kept."""
+        kept = 0 <= number - self.first < len(self.kept)
+        return self.kept[number - self.first][0] if kept else None
+
     def forget(self, before: int) -> None:
         """Drop the batches before a number; their checksum stays."""
         while self.first < before and self.kept:

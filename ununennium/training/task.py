@@ -147,7 +147,10 @@ class Task:
 
     def prepare(self, raw: Any, number: int) -> MicroBatch:
         """Return what the loader gave as a `MicroBatch`; `number` counts within the epoch."""
-        inputs, target = self.methods.unpack(raw)
+        return self.weigh(raw, *self.methods.unpack(raw), number)
+
+    def weigh(self, raw: Any, inputs: Any, target: Any, number: int) -> MicroBatch:
+        """Return the parts of a batch as a `MicroBatch`, with its weight."""
         self.seen = None
         weight = self.methods.batch_weight(target)
         if isinstance(weight, Tensor) and weight.device.type == "cpu":

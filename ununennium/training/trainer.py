@@ -69,6 +69,13 @@ def adopt_old_hook(trainer: Any, predict: Callable[..., Any]) -> None:
     trainer.run_model = functools.partial(own, trainer)
     trainer.predict = functools.partial(predict, trainer)
 
+
+def predict_with(
+    trainer: RunFacts, loader: Iterable[Any], output: str | None = None, *, out: Any = None
+) -> Any:
+    """Predict all samples of a loader; see `Trainer.predict`."""
+    return predict_task(trainer.run.task, loader, output, out, trainer.config.progress)
+
 # %% ../../nbs/training/80_trainer.ipynb #1842bb48
 class Trainer(RunFacts):
     """Train a PyTorch model on Earth-observation imagery; stop, save and resume at any step.
@@ -113,7 +120,7 @@ class Trainer(RunFacts):
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
         parts = (model, optimizer, loss_fn, train_loader, val_loader, scheduler, callbacks, config)
-        adopt_old_hook(self, Trainer.predict)
+        adopt_old_hook(self, predict_with)
         super().__init__(build_run(*parts, metrics=metrics, methods=self))
         display = default_display(self.config.progress, self.callbacks)
         if display is not None and self.is_main:
@@ -192,9 +199,9 @@ class Trainer(RunFacts):
             `(N, ...)`: classes as uint8 where they fit, anything else as float32. A list with an
             array per sample if they differ in size.
         """
-        if isinstance(loader, Tensor) and "run_model" in vars(self):
-            return Trainer.run_model(self, loader)  # super().predict(inputs) of an old hook
-        return predict_task(self.run.task, loader, output, out, self.config.progress)
+        if "predict" in vars(self):  # super().predict(inputs) of an old hook; see adopt_old_hook
+            return Trainer.run_model(self, loader)
+        return predict_with(self, loader, output, out=out)
 
     def check(self) -> Problems:
         """Take one batch forward and backward, print a report, and change nothing.

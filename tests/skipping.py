@@ -1,0 +1,52 @@
+"""Windows of batches whose steps are skipped or taken, and a count of them by plain loops."""
+
+import math
+
+import torch
+from hypothesis import strategies as st
+
+from ununennium.training.batches import MicroBatch
+from ununennium.training.finite import CHECKED
+
+
+def make_batch(number=0, raw=None, inputs=None, **checks):
+    values = {name: torch.tensor(value) for name, value in ({"loss": 0.5} | checks).items()}
+    return MicroBatch(
+        raw, inputs, None, 1.0, number, losses={"loss": values["loss"]}, checks=values
+    )
+
+
+def plain_count(windows, outcomes):
+    """Count as the definition says, with nothing but Python's own loops."""
+    first, run, longest = None, 0, 0
+    for window, stepped in zip(windows, outcomes, strict=True):
+        run = 0 if stepped else run + 1
+        longest = max(longest, run)
+        if not stepped and first is None:
+            bad = [
+                (batch.number, name)
+                for batch in window
+                for name in CHECKED
+                if name in batch.checks and not math.isfinite(batch.checks[name])
+            ]
+            first = bad[0] if bad else (window[0].number, "gradient")
+    return {
+        "count": outcomes.count(False), "first": first, "in_a_row": run, "longest": longest,
+    }  # fmt: skip
+
+
+@st.composite
+def runs(draw, most=40):
+    """Windows and whether their steps were taken; bad checks only where they were not."""
+    outcomes = draw(st.lists(st.booleans(), min_size=1, max_size=most))
+    size, number, windows = draw(st.integers(1, 3)), 0, []
+    for stepped in outcomes:
+        window = []
+        for _ in range(size):
+            names = st.sampled_from([*CHECKED, None, None])
+            bad = None if stepped else draw(names)
+            checks = {name: 1.0 for name in CHECKED if name != "target" or draw(st.booleans())}
+            window.append(make_batch(number, **(checks | ({bad: math.nan} if bad else {}))))
+            number += 1
+        windows.append(window)
+    return windows, outcomes
