@@ -297,20 +297,26 @@ def flat_scores(name: str, value: Any, class_names: Sequence[str] | None) -> dic
         for key, number in zip(class_names, value.flatten(), strict=True)
     }
 
-# %% ../nbs/10_metrics.ipynb #metrics-059
+# %% ../nbs/10_metrics.ipynb #656b68cf
+def members_of(metric: Any) -> dict[str, Any]:
+    """Return the metrics in a `MetricCollection` of torchmetrics, or the metric itself as ""."""
+    if hasattr(metric, "add_metrics"):
+        return dict(metric.items(copy_state=False))
+    return {"": metric}
+
+
 def declared_directions(metric: Any, names: Sequence[str]) -> dict[str, str]:
     """Return "max" or "min" for each score whose metric declares `higher_is_better`."""
-    members = dict(metric.items()) if hasattr(metric, "items") else {}  # a MetricCollection
+    members = members_of(metric)
     declared = {
         name: getattr(members.get(name, metric), "higher_is_better", None) for name in names
     }
     return {name: "max" if more else "min" for name, more in declared.items() if more is not None}
 
-# %% ../nbs/10_metrics.ipynb #metrics-062
+# %% ../nbs/10_metrics.ipynb #d9e6fc1b
 def syncs_itself(metric: Any) -> bool:
     """Return whether a metric's `compute` is over all processes, as that of torchmetrics is."""
-    members = metric.values() if hasattr(metric, "values") else [metric]
-    return all(hasattr(member, "sync_context") for member in members)
+    return all(hasattr(member, "sync_context") for member in members_of(metric).values())
 
 
 def check_mergeable(metrics: Mapping[str, Any]) -> None:

@@ -188,3 +188,39 @@ def test_the_scores_of_a_test_set_have_its_name():
     trainer = make_trainer()
     test, val = trainer.validate(make_batches(2), prefix="test"), trainer.validate(make_batches(2))
     assert test == {f"test_{name[4:]}": value for name, value in val.items()}
+
+
+def test_a_metric_may_keep_its_own_values_and_items():
+    class Mean:
+        def reset(self):
+            self.values, self.items = [0.0], [0]
+
+        def update(self, output, target):
+            self.values.append(2.0)
+            self.items.append(4)
+
+        def compute(self):
+            return sum(self.values) / sum(self.items)
+
+    metric = Mean()
+    metric.reset()
+    trainer = make_trainer(val=make_batches(2), metrics={"mean": metric})
+    assert trainer.fit(1)["val_mean"] == [0.5]
+
+
+def test_a_torchmetrics_metric_may_have_a_state_named_values():
+    from torchmetrics import Metric
+
+    class Spread(Metric):
+        def __init__(self):
+            super().__init__()
+            self.add_state("values", [], dist_reduce_fx="cat")
+
+        def update(self, output, target):
+            self.values.append(torch.tensor([1.0, 3.0]))
+
+        def compute(self):
+            return torch.cat(self.values).max()
+
+    trainer = make_trainer(val=make_batches(2), metrics={"spread": Spread()})
+    assert trainer.fit(1)["val_spread"] == [3.0]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from small import make_batches, make_trainer, small_net
-from ununennium import MaskedLoss
+from ununennium import MaskedLoss, ValidPixels
 
 
 @pytest.mark.parametrize("ignore", [1, 255, -1])
@@ -93,3 +93,17 @@ def test_metrics_that_count_what_the_loss_ignores_are_reported():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_trainer(metrics={"F1": MulticlassF1Score(3, ignore_index=255)})
+
+
+@pytest.mark.parametrize("own", [None, 255])
+def test_a_metric_of_valid_pixels_is_not_said_to_count_nodata(own):
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassF1Score
+
+    for wrap in (lambda metric: metric, lambda metric: MetricCollection([metric])):
+        metric = ValidPixels(wrap(MulticlassF1Score(3, ignore_index=own)), None if own else 255)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make_trainer(val=make_batches(1), metrics={"F1": metric})
+    with pytest.warns(UserWarning, match="ignores the label 255, and the metric 'F1' does not"):
+        make_trainer(val=make_batches(1), metrics={"F1": ValidPixels(MulticlassF1Score(3))})

@@ -90,6 +90,15 @@ def test_worst_models_missing_scores_and_unknown_directions_are_refused():
         make_trainer(callbacks=[EarlyStopping("lr")]).fit(1)
 
 
+def test_a_checkpoint_does_not_quote_a_mode_that_was_never_passed():
+    with pytest.raises(ValueError, match="would keep the worst model") as told:
+        CheckpointCallback("x", monitor="val_F1")
+    assert str(told.value) == (
+        "CheckpointCallback(monitor='val_F1') would keep the worst model: val_F1 is better when it "
+        "is larger, and the default keeps the smallest. Pass mode='max'."
+    )
+
+
 def test_a_metric_says_which_way_is_better():
     class Odd:
         higher_is_better = False
@@ -134,6 +143,13 @@ class Given:
 
     def reset(self):
         pass
+
+
+def test_without_a_mode_a_checkpoint_keeps_what_the_metric_calls_best(tmp_path):
+    keep = CheckpointCallback(tmp_path, monitor="val_distance")  # better when smaller, by its name
+    metrics = {"distance": Given(0.1, 0.3, 0.2)}  # better when larger, as it says itself
+    make_trainer(val=make_batches(1), metrics=metrics, callbacks=[keep]).fit(3)
+    assert keep.best_score == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

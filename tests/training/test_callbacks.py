@@ -193,8 +193,10 @@ def test_the_default_mode_is_min_and_no_choice(tmp_path):
     assert CheckpointCallback(tmp_path).monitor.mode == "min"
     assert CheckpointCallback(tmp_path, "val_quality").monitor.mode == "auto"
     assert CheckpointCallback(tmp_path, "val_quality", "min").monitor.mode == "min"
-    with pytest.raises(ValueError, match="would keep the worst model"):
-        CheckpointCallback(tmp_path, "val_IoU")
+    for mode in ({}, {"mode": "min"}):
+        with pytest.raises(ValueError, match="would keep the worst model") as told:
+            CheckpointCallback(tmp_path, "val_IoU", **mode)
+        assert ("mode='min'" in str(told.value)) == bool(mode)
 
 
 def full_disk(content, file):

@@ -41,7 +41,7 @@ class LabelLook(NamedTuple):
             others[ignore_index - num_classes] = 0
         return not others.any()
 
-# %% ../../nbs/training/38_labels.ipynb #labels-n015
+# %% ../../nbs/training/38_labels.ipynb #bf8b46fb
 COUNTABLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -68,6 +68,8 @@ def look_at(labels: Tensor, ignore_index: int | None, by_class: bool = False) ->
     is_met = ignore_index is not None and low <= ignore_index <= high
     if labels.dtype not in COUNTABLE or not (low >= 0 and high < 2**16 and (is_met or by_class)):
         return LabelLook(low, high)
+    if high < 256:  # bytes are counted several times faster
+        labels = labels.to(torch.uint8)
     return LabelLook(low, high, labels.flatten().bincount().numpy())
 
 # %% ../../nbs/training/38_labels.ipynb #labels-n014

@@ -32,20 +32,29 @@ def direction_of(name: str) -> str | None:
     more, less = bool(words & MORE_IS_BETTER), bool(words & LESS_IS_BETTER)
     return None if more == less else "max" if more else "min"
 
-# %% ../../nbs/training/27_monitor.ipynb #monitor-011
+# %% ../../nbs/training/27_monitor.ipynb #801d890b
+class UnchosenMode(str):
+    """A default mode, which the user did not pass. It equals the plain string."""
+
+# %% ../../nbs/training/27_monitor.ipynb #cc5d6a27
 def refuse_wrong_way(owner: str, name: str, mode: str, known: str | None) -> None:
     """Raise a `ValueError` if a score is known to be better the other way around."""
     if known and mode not in ("auto", known):
         way = "larger" if known == "max" else "smaller"
+        kept = "smallest" if mode == "min" else "largest"
+        passed, default = f", mode={mode!r}", ""
+        if isinstance(mode, UnchosenMode):
+            passed, default = "", f", and the default keeps the {kept}"
         raise ValueError(
-            f"{owner}(monitor={name!r}, mode={mode!r}) would keep the worst model: {name} is "
-            f"better when it is {way}. Pass mode={known!r}."
+            f"{owner}(monitor={name!r}{passed}) would keep the worst model: {name} is "
+            f"better when it is {way}{default}. Pass mode={known!r}."
         )
 
 
 def settled_mode(owner: str, name: str, mode: str, known: str | None) -> str:
     """Return `"max"` or `"min"`; raise if the mode is wrong, or `"auto"` and nothing is known."""
-    refuse_wrong_way(owner, name, mode, known)
+    if not isinstance(mode, UnchosenMode):
+        refuse_wrong_way(owner, name, mode, known)
     if mode == "auto" and known is None:
         raise ValueError(
             f"{owner} cannot tell whether {name!r} is better when larger or smaller. Pass "

@@ -17,17 +17,31 @@ from .restore import check_tensors, load_model, model_state
 # %% auto #0
 __all__ = ['load_weights']
 
-# %% ../../nbs/training/73_weights.ipynb #b93e6910
-def weights_in(path: str | Path, expected: Container[str]) -> Mapping[str, Tensor]:
+# %% ../../nbs/training/73_weights.ipynb #ac603d3d
+def averaged(saved: dict[str, Any], path: str | Path) -> Mapping[str, Tensor]:
+    """Return the weights that the callback `EMA` has averaged."""
+    averages = [state for kind, state in saved["callbacks"] if kind == "EMA" and state]
+    if not averages:
+        raise CheckpointError(
+            f"{path} has no averaged weights: its run had no callback EMA. Pass ema=False."
+        )
+    return averages[0]["model"]
+
+
+def weights_in(
+    path: str | Path, expected: Container[str], ema: bool = False
+) -> Mapping[str, Tensor]:
     """Return a model's state by the `expected` names, from a checkpoint or a file of weights."""
     try:
         saved = load_file(path)
     except CheckpointError:
         is_there = path is not None and Path(path).is_file()
         saved = read_archive(Path(path)) if is_there else {}
-        if not are_weights(saved):
+        if ema or not are_weights(saved):
             raise
         return {name if name in expected else bare(name): x for name, x in saved.items()}
+    if ema:
+        return averaged(saved, path)
     if "shards" in saved:
         raise CheckpointError(
             f"{path} keeps its tensors in the folder {saved['shards']}, one part for each process. "
@@ -46,8 +60,8 @@ def bare(name: str) -> str:
     """Return the name of a tensor without the prefixes of wrapped and compiled models."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
-# %% ../../nbs/training/73_weights.ipynb #7fa41c14
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+# %% ../../nbs/training/73_weights.ipynb #664c7860
+def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False) -> nn.Module:
     """Load the weights of a checkpoint into a model, and return it in evaluation mode.
 
     Parameters
@@ -57,14 +71,17 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     path
         A file that `save_checkpoint` or a `CheckpointCallback` wrote, or one with the model's
         `state_dict()` alone.
+    ema
+        Whether to load the weights that the callback `EMA` has averaged.
 
     Raises
     ------
     CheckpointError
-        If the file is damaged, or holds another model. The model then stays as it was.
+        If the file is damaged, or holds another model, or no average. The model then stays as it
+        was.
     """
     own = model_state(model)
-    saved = weights_in(path, own)
+    saved = weights_in(path, own, ema)
     check_tensors(saved, own, path)
     load_model(model, saved)
     return model.eval()
