@@ -14,12 +14,11 @@ from ..sampling import announce_epoch
 from .ahead import open_windows
 from .dropping import close_dropped, preparer
 from .epoch import OpenEpoch, check_end, totals
-from .loader import ResumableLoader
 from .logged import joined
 from .messages import warn
 from .parts import check_same_model
 from .rng import random_state, random_state_kept, set_random_state
-from .run import Run, random_owners
+from .run import Run, indices_of, random_owners
 
 # %% auto #0
 __all__ = []
@@ -50,11 +49,6 @@ def read_again(run: Run, epoch: OpenEpoch) -> None:
     epoch.before = None
 
 # %% ../../nbs/training/66_entering.ipynb #91eea029
-def indices_after(loader: ResumableLoader, inherited: int, number: int) -> list[Any] | None:
-    """Return the indices of a batch's samples in the data set, or None if they are not known."""
-    return loader.indices_of(number - inherited)
-
-
 def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     """Return the open epoch; begin or resume it first if necessary. `call` calls a hook."""
     if run.open is not None and run.open.windows is not None:
@@ -68,8 +62,7 @@ def enter_epoch(run: Run, call: Callable[..., None]) -> OpenEpoch:
     epoch = run.open or OpenEpoch()
     size, copies = run.config.accumulation_steps, run.task.copies
     random = functools.partial(random_state, *random_owners(run), device=run.task.device)
-    locate = functools.partial(indices_after, loader, epoch.inherited[1])
-    run.skips.tally.locate, prepare = locate, preparer(run.task, epoch.dropped, locate)
+    prepare = preparer(run.task, epoch.dropped, functools.partial(indices_of, run))
     parts = size, prepare, epoch.batches, copies, random
     epoch.windows = open_windows(loader, resume_loader(run, epoch), *parts)
     run.open, epoch.lockstep = epoch, run.lockstep
