@@ -2402,4 +2402,7 @@ d = { 'settings': { 'branch': 'main',
                                              'ununennium.training.trainer.find_goal': ( 'training/trainer.html#find_goal',
                                                                                         'ununennium/training/trainer.py'),
                                              'ununennium.training.trainer.find_scored': ( 'training/trainer.html#find_scored',
-                                                                                          'ununennium/training/trainer.py')}}}
+                                                                                          'ununennium/training/trainer.py')},
+            'ununennium.worst': { 'ununennium.worst.chip_score': ('worst.html#chip_score', 'ununennium/worst.py'),
+                                  'ununennium.worst.plot_predictions': ('worst.html#plot_predictions', 'ununennium/worst.py'),
+                                  'ununennium.worst.worst_chips': ('worst.html#worst_chips', 'ununennium/worst.py')}}}
