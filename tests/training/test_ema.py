@@ -111,7 +111,7 @@ def test_the_raw_run_is_bitwise_that_without_an_average(workers, persistent):
     assert same_history(history, {name: more[name] for name in history})
     assert {name for name in more if name not in history} == {
         name.replace("val_", "val_ema_") for name in history if name.startswith("val_")
-    }
+    } - {"val_ema_IoU_classes"}
     assert_same(plain.confusion.table, with_average.confusion.table)
 
 
@@ -131,7 +131,8 @@ def test_the_scores_are_those_of_the_average():
     fresh = make_trainer(val=make_batches(3), model=small_net(seed=7))
     fresh.model.load_state_dict(averaged(trainer))
     for name, value in fresh.validate().items():
-        assert history[name.replace("val_", "val_ema_")][-1] == value
+        if not name.endswith("_classes"):  # a count, which has no curve of its own
+            assert history[name.replace("val_", "val_ema_")][-1] == value
     assert history["val_ema_loss"] != history["val_loss"]
     with ema_of(trainer).applied():
         assert trainer.validate()["val_loss"] == history["val_ema_loss"][-1]

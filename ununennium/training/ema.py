@@ -75,15 +75,15 @@ def score_apart(run: Run) -> dict[str, float]:
     finally:
         run.evaluator = before
 
-# %% ../../nbs/training/81_ema.ipynb #0a9744b4
+# %% ../../nbs/training/81_ema.ipynb #03ce6bcb
 def ema_name(name: str) -> str:
     """Return the name of a validation score for the averaged weights."""
     return "val_ema_" + name.removeprefix("val_")
 
 
 def is_raw(name: str) -> bool:
-    """Return whether a score is a validation score of the raw weights."""
-    return name.startswith("val_") and not name.startswith("val_ema_")
+    """Return whether a score is a validation score of the raw weights, and no count of classes."""
+    return name.startswith("val_") and not name.startswith("val_ema_") and name[-8:] != "_classes"
 
 # %% ../../nbs/training/81_ema.ipynb #bf5aeaff
 NOTHING_AVERAGED = (
