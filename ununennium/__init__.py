@@ -7,7 +7,7 @@ __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'ConfusionMatrix
            'MaskedLoss', 'RankFailed', 'Trainer', 'TrainerConfig', 'TrainingDiverged', 'TrainingWarning', 'ValidPixels',
            'class_weights', 'count_classes', 'load_weights', 'predict']
 
-# %% ../nbs/90_api.ipynb #662f8ec9
+# %% ../nbs/90_api.ipynb #2ba1fad0
 __version__ = "0.3.0"
 
 from .losses import MaskedLoss, class_weights, count_classes
@@ -18,8 +18,8 @@ from ununennium.training import (
     Callback,
     CheckpointCallback,
     CheckpointError,
-    EMA,
     Dashboard,
+    EMA,
     EarlyStopping,
     Loop,
     Trainer,

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['UNet']
 
-# %% ../nbs/40_models.ipynb #models-005
+# %% ../nbs/40_models.ipynb #b6d7258f
+MOMENTUM = 0.3  # the share of the newest batch in the running means
+
+
 def double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
     """Return two 3 × 3 convolutions with batch norm and ReLU; they keep height and width."""
     layers: list[nn.Module] = []
     for channels in (channels_in, channels_out):
         layers += [
             nn.Conv2d(channels, channels_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
+            nn.BatchNorm2d(channels_out, momentum=MOMENTUM),
             nn.ReLU(inplace=True),
         ]
     return nn.Sequential(*layers)

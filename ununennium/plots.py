@@ -42,22 +42,23 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figu
     plt.close(figure)  # else a notebook shows it twice
     return figure, figure.subplots(rows, columns, squeeze=False)
 
-# %% ../nbs/35_plots.ipynb #d542aa1e
+# %% ../nbs/35_plots.ipynb #a77b96d4
 def history_panels(history: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
     """Return the names of the scores to draw, by the title of their panel."""
     classes = [name for name in history if name.startswith("val_IoU/")]
-    drawn = ("val_loss", "val_IoU", "val_IoU_classes", *classes)
+    averaged = [name for name in history if name.startswith("val_ema_IoU") and "/" not in name]
+    drawn = ("val_loss", "val_ema_loss", "val_IoU", "val_IoU_classes", *averaged, *classes)
     means = [name for name in history if "/" not in name]
     panels = {
-        "loss": [name for name in ("train_loss", "val_loss") if name in history],
-        "IoU": [name for name in ("val_IoU", *classes) if name in history],
+        "loss": [name for name in ("train_loss", "val_loss", "val_ema_loss") if name in history],
+        "IoU": [name for name in ("val_IoU", "val_ema_IoU", *classes) if name in history],
         "scores": [name for name in means if name.startswith("val_") and name not in drawn],
         "learning rate": ["lr"] if len(set(history.get("lr", ()))) > 1 else [],
         "logged": [name for name in means if not name.startswith(("train_", "val_", "lr"))],
     }
     return {title: names for title, names in panels.items() if names}
 
-# %% ../nbs/35_plots.ipynb #plots-014
+# %% ../nbs/35_plots.ipynb #3a9e2c8d
 def line_styles(title: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield label, colour and width of each curve of a panel, as `Axes.plot` takes them."""
     number = 0
@@ -66,6 +67,8 @@ def line_styles(title: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield {"label": name, "color": None, "lw": 1.8}
         elif name == "val_IoU":
             yield {"label": "mean", "color": "black", "lw": 2.2}
+        elif name == "val_ema_IoU":
+            yield {"label": "mean of EMA", "color": "black", "lw": 2.2, "ls": "--"}
         else:
             yield {"label": name.split("/", 1)[1], "color": class_colour(number), "lw": 1.4}
             number += 1

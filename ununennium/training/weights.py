@@ -17,19 +17,20 @@ from .restore import check_tensors, load_model, model_state
 # %% auto #0
 __all__ = ['load_weights']
 
-# %% ../../nbs/training/73_weights.ipynb #ac603d3d
-def averaged(saved: dict[str, Any], path: str | Path) -> Mapping[str, Tensor]:
+# %% ../../nbs/training/73_weights.ipynb #a88efe32
+def averages_in(saved: dict[str, Any], path: str | Path) -> Mapping[str, Tensor]:
     """Return the weights that the callback `EMA` has averaged."""
     averages = [state for kind, state in saved["callbacks"] if kind == "EMA" and state]
     if not averages:
         raise CheckpointError(
-            f"{path} has no averaged weights: its run had no callback EMA. Pass ema=False."
+            f"{path} holds no averaged weights: its run had no EMA among the callbacks. Load the "
+            "raw ones, without averaged=True."
         )
     return averages[0]["model"]
 
 
 def weights_in(
-    path: str | Path, expected: Container[str], ema: bool = False
+    path: str | Path, expected: Container[str], averaged: bool = False
 ) -> Mapping[str, Tensor]:
     """Return a model's state by the `expected` names, from a checkpoint or a file of weights."""
     try:
@@ -37,11 +38,11 @@ def weights_in(
     except CheckpointError:
         is_there = path is not None and Path(path).is_file()
         saved = read_archive(Path(path)) if is_there else {}
-        if ema or not are_weights(saved):
+        if averaged or not are_weights(saved):
             raise
         return {name if name in expected else bare(name): x for name, x in saved.items()}
-    if ema:
-        return averaged(saved, path)
+    if averaged:
+        return averages_in(saved, path)
     if "shards" in saved:
         raise CheckpointError(
             f"{path} keeps its tensors in the folder {saved['shards']}, one part for each process. "
@@ -60,8 +61,8 @@ def bare(name: str) -> str:
     """Return the name of a tensor without the prefixes of wrapped and compiled models."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
-# %% ../../nbs/training/73_weights.ipynb #664c7860
-def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False) -> nn.Module:
+# %% ../../nbs/training/73_weights.ipynb #7f73e6f8
+def load_weights(model: nn.Module, path: str | Path, *, averaged: bool = False) -> nn.Module:
     """Load the weights of a checkpoint into a model, and return it in evaluation mode.
 
     Parameters
@@ -71,8 +72,8 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False) -> nn
     path
         A file that `save_checkpoint` or a `CheckpointCallback` wrote, or one with the model's
         `state_dict()` alone.
-    ema
-        Whether to load the weights that the callback `EMA` has averaged.
+    averaged
+        Whether to load the moving average that the callback `EMA` kept.
 
     Raises
     ------
@@ -81,7 +82,7 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False) -> nn
         was.
     """
     own = model_state(model)
-    saved = weights_in(path, own, ema)
+    saved = weights_in(path, own, averaged)
     check_tensors(saved, own, path)
     load_model(model, saved)
     return model.eval()
