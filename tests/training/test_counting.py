@@ -36,6 +36,7 @@ def test_a_tally_is_the_plain_count_however_often_it_is_folded(run, size, data):
     assert [number for number, _ in tally.skipped] == expected_numbers(windows, outcomes)
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1), st.integers(0, 3))
 def test_runs_of_skips(outcomes, before):
     expected, run = [], before

@@ -241,10 +241,10 @@ def test_the_list_of_skipped_steps_ends():
 @pytest.mark.parametrize("decide", [bool, torch.tensor])
 def test_samples_without_names_have_their_index_in_the_data_set(decide):
     skips = SkippedSteps(limit=9)
+    skips.tally.locate = {4: [57, 3]}.get
     image = torch.zeros(2, 1, 2, 2)
     image[1] = math.nan
-    window = [make_batch(4, image, image, input=math.nan)]
-    skips.note(Step(window, torch.tensor(1.0), decide(False)), 0, 0, {4: [57, 3]}.get)
+    note(skips, [make_batch(4, image, image, input=math.nan)], decide(False))
     _, (message,) = closing(skips)
     assert f"index 4 (dataset index {'3' if decide is bool else '57, 3'}), where" in message
 

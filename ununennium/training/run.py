@@ -173,20 +173,13 @@ def restore_random_state(run: Run) -> None:
         seed_all(seed % 2**32)
 
 # %% ../../nbs/training/65_run.ipynb #run-027
-def indices_of(run: Run, number: int) -> list[Any] | None:
-    """Return the indices in the data set of a batch of the open epoch, or None if unknown."""
-    loader = run.loaders.get("train")
-    return loader and loader.indices_of(number - (run.open.inherited[1] if run.open else 0))
-
-
 def count_step(run: Run, step: Step) -> None:
     """Count a step that was taken or skipped; a window without a valid pixel is no step."""
     if step.norm is None:
         return
     run.progress.global_step += step.stepped if isinstance(step.stepped, bool) else 1
     run.schedule.after_step(step.stepped)
-    locate = functools.partial(indices_of, run)
-    run.skips.note(step, run.progress.global_step, run.progress.epoch, locate)
+    run.skips.note(step, run.progress.global_step, run.progress.epoch)
 
 # %% ../../nbs/training/65_run.ipynb #run-n031
 def make_stepper(run: Run) -> Stepper:

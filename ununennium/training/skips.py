@@ -37,10 +37,9 @@ def find_culprit(window: list[MicroBatch]) -> tuple[MicroBatch, str]:
     return window[0], "gradient"
 
 # %% ../../nbs/training/57_skips.ipynb #ed8e1ef4
-Locate = Callable[[int], list[Any] | None] | None
-
-
-def names_in(batch: MicroBatch, locate: Locate = None) -> tuple[str, list[Any]] | None:
+def names_in(
+    batch: MicroBatch, locate: Callable[[int], list[Any] | None] | None = None
+) -> tuple[str, list[Any]] | None:
     """Return what a batch's samples are called; `locate` finds their indices in the data set."""
     names = sample_names(batch.raw)
     if (names is None or not names[1]) and locate is not None and (found := locate(batch.number)):
@@ -110,6 +109,7 @@ class StepTally:
 
     def __init__(self) -> None:
         self.counts = SkipCounts()
+        self.locate: Callable[[int], list[Any] | None] | None = None  # finds a batch's indices
         self.open_epoch()
 
     def open_epoch(self) -> None:
@@ -122,13 +122,12 @@ class StepTally:
         self.samples: dict[int, str] = {}  # in words, where the bad ones are known
 
     def add(
-        self, window: list[MicroBatch], stepped: bool | Tensor, empty: bool | Tensor = False,
-        locate: Locate = None,
-    ) -> None:  # fmt: skip
+        self, window: list[MicroBatch], stepped: bool | Tensor, empty: bool | Tensor = False
+    ) -> None:
         """Count a window's step, which is neither taken nor skipped if the window is empty."""
         if isinstance(stepped, Tensor):
             for batch in window:  # all names: by the time we know which one is bad, it is gone
-                if (names := names_in(batch, locate)) is not None:
+                if (names := names_in(batch, self.locate)) is not None:
                     self.names[batch.number] = names
             self.device = self.device or DeviceTally(self.counts.in_a_row)
             self.device.add(window, stepped, empty)
@@ -137,7 +136,7 @@ class StepTally:
         if not stepped and len(self.skipped) < self.most:
             batch, culprit = find_culprit(window)
             self.remember([(batch.number, culprit)])
-            names = names_in(batch, locate)
+            names = names_in(batch, self.locate)
             self.samples[batch.number] = quote_culprit(batch, culprit, names)
 
     def remember(self, skipped: list[tuple[int, str]]) -> None:
@@ -257,12 +256,12 @@ class SkippedSteps:
         """Start the counts of an epoch."""
         self.tally.open_epoch()
 
-    def note(self, step: Step, global_step: int, epoch: int, locate: Locate = None) -> None:
+    def note(self, step: Step, global_step: int, epoch: int) -> None:
         """Note the result of a window; raise `TrainingDiverged` if too many were skipped."""
         if step.norm is None:  # the window was empty
             return
         self.trail.add(global_step, step.used[-1].losses["loss"], step.norm)
-        self.tally.add(step.used, step.stepped, step.empty, locate)
+        self.tally.add(step.used, step.stepped, step.empty)
         on_device, now = isinstance(step.stepped, Tensor), self.clock()
         self.checked = now if self.checked is None else self.checked
         if now - self.checked > 10 if on_device else not step.stepped:
