@@ -180,7 +180,7 @@ BUDGETS = (
         lambda tree: largest(Found(c.in_a_row, c.name) for c in tree.modules),
     ),
     Budget("exported lines for a line of prose", 4, prose_ratio),
-    Budget("public names in all modules", 60, lambda tree: Found(len(tree.names), "")),
+    Budget("public names in all modules", 61, lambda tree: Found(len(tree.names), "")),
     Budget("words in the README", 700, lambda tree: Found(tree.readme_words, "")),
     Budget(
         "lines of prose above 100 columns", 0,

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'ConfusionMatrix', 'Dashboard', 'EarlyStopping', 'Loop',
            'MaskedLoss', 'RankFailed', 'Trainer', 'TrainerConfig', 'TrainingDiverged', 'TrainingWarning',
-           'class_weights', 'count_classes']
+           'class_weights', 'count_classes', 'remap_labels']
 
-# %% ../nbs/90_api.ipynb #api-003
+# %% ../nbs/90_api.ipynb #1f5c80ab
 __version__ = "0.3.0"
 
+from .data import remap_labels
 from .losses import MaskedLoss, class_weights, count_classes
 from .ranks import RankFailed
 from .metrics import ConfusionMatrix
@@ -42,4 +43,5 @@ _all_ = [
     "TrainingWarning",
     "class_weights",
     "count_classes",
+    "remap_labels",
 ]

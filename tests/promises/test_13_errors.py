@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from ununennium import (
     MaskedLoss,
     Trainer,
     TrainerConfig,
+    remap_labels,
 )
 
 # Parts and settings.
@@ -179,7 +181,7 @@ BAD_BATCHES = {
     "labels beyond the classes": (
         (IMAGE, MASK + 5), None, 3, r"labels outside the model's 3 classes 0..2: 5 \(\d+ times\)"),
     "one label beyond": (
-        (IMAGE, torch.full_like(MASK, 9)), None, 3, "build the loss with ignore_index=9"),
+        (IMAGE, torch.full_like(MASK, 9)), None, 3, "9 .* or set these pixels to 255"),
     "negative labels": ((IMAGE, MASK - 1), None, 3, r"-1 \(\d+ times\)"),
     "a mask of floats for cross-entropy": (
         (IMAGE, MASK.float()), None, 3, r"wants class numbers, .*float32. Pass integers"),
@@ -238,6 +240,81 @@ def test_bands_that_do_not_fit_the_model():
     trainer = make_trainer([(torch.rand(2, 6, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long))])
     with pytest.raises(ValueError, match="image has 6 channels and the model takes 4"):
         trainer.fit(1)
+
+
+def test_images_with_their_channels_last():
+    trainer = make_trainer([(torch.rand(4, 32, 32, 4), torch.zeros(4, 32, 32, dtype=torch.long))])
+    with pytest.raises(
+        ValueError, match=r"channels last, .* in the dataset: image.permute\(2, 0, 1"
+    ):
+        trainer.fit(1)
+
+
+def test_one_hot_masks():
+    one_hot = nn.functional.one_hot(MASK, 3)
+    for mask, cure in ((one_hot.movedim(-1, 1), r"argmax\(1\)"), (one_hot, r"argmax\(-1\)")):
+        with pytest.raises(ValueError, match=f"The mask is one-hot: pass target.{cure}"):
+            make_trainer([(IMAGE, mask)]).fit(1)
+
+
+def test_one_bad_label_is_an_annotation_error_in_a_sample_of_a_batch():
+    batches = make_batches(9, size=4)
+    batches[7][1][3, 2, 2] = 7
+    message = r"7 \(1 time\) in sample 3; ignore_index is 255. Correct the mask, .*"
+    with pytest.raises(ValueError, match=rf"(?s){message}This is batch index 7 of train_loader."):
+        make_trainer(batches).fit(1)
+    tiles = Named()
+    tiles.mask[6, 1, 1] = 7
+    for loaders in ([DataLoader(tiles, 4)], [None, DataLoader(tiles, 4)]):
+        with pytest.raises(ValueError, match=r"(?s)in filename tile_6.tif; .* batch index 1 of"):
+            make_trainer(*loaders).fit(1)
+
+
+def test_label_ids_with_gaps():
+    ids = torch.tensor([10, 20, 30])
+    batches = [(IMAGE, ids[MASK])]
+    with pytest.raises(ValueError, match=r"remap_labels\(mask, \[10, 20, 30\]\)"):
+        make_trainer(batches).fit(1)
+    batches = [remap_labels(batch, [10, 20, 30]) for batch in batches]
+    assert make_trainer(batches).fit(1)["train_skipped_steps"] == [0]
+
+
+def test_a_loss_that_takes_no_data_for_a_class():
+    class Dice(nn.Module):
+        def forward(self, output, target):
+            hot = torch.zeros_like(output).scatter_(1, target[:, None], 1)
+            return 1 - (output.softmax(1) * hot).mean()
+
+    message = (
+        r"label 255, which means no data .*, and the loss Dice does not leave it out. Pass one"
+    )
+    for attempt in (lambda trainer: trainer.fit(1), lambda trainer: trainer.check()):
+        with pytest.raises(RuntimeError, match=message):
+            attempt(make_trainer(loss=Dice(), ignore_index=255))
+
+
+def test_a_loss_with_its_arguments_swapped():
+    with pytest.raises(RuntimeError, match=r"seems to take the target first. Swap its parameters."):
+        make_trainer(loss=lambda y, o: nn.functional.cross_entropy(o, y, ignore_index=255)).fit(1)
+
+
+class HuggingFace(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind = small_net(), kind
+
+    def forward(self, image):
+        return self.kind(logits=self.net(image))
+
+
+@pytest.mark.parametrize("kind", [SimpleNamespace, dict])
+def test_outputs_with_logits_are_understood(kind):
+    """By a plain loss and by the scores, as if the model had returned the logits alone."""
+    plain, wrapped = (
+        make_trainer(val=make_batches(2), model=model) for model in (None, HuggingFace(kind))
+    )
+    assert wrapped.fit(2) == plain.fit(2)
+    assert wrapped.check() == []
 
 
 def test_class_names_must_match():
