@@ -1,5 +1,6 @@
 """13 · Errors are sentences: what is wrong, with the value, and what to do; and nothing is lost."""
 
+import inspect
 import math
 import os
 import signal
@@ -102,6 +103,40 @@ def test_settings_of_the_wrong_type():
     base = make_trainer()
     with pytest.raises(TypeError, match=r"pass a list: callbacks=\[...\]"):
         Trainer(base.model, base.optimizer, base.loss_fn, [1], callbacks=EarlyStopping())
+
+
+def test_settings_that_are_passed_to_the_trainer_itself():
+    base = make_trainer()
+    parts = base.model, base.optimizer, base.loss_fn, base.train_loader
+    for options, message in (
+        ({"epochs": 4, "device": "cpu"}, r"config=TrainerConfig\(epochs=4, device='cpu'\)"),
+        ({"epochs": 4, "config": base.config}, r"config=TrainerConfig\(epochs=4\)"),
+        (
+            {"max_epochs": 4},
+            r"no argument 'max_epochs'. Did you mean config=TrainerConfig\(epochs=",
+        ),
+        ({"schedular": None}, r"no argument 'schedular'. Did you mean scheduler=...\?"),
+        ({"fold": 1}, r"no argument 'fold'. It takes model, optimizer, .*, metrics."),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Trainer(*parts, **options)
+    assert [*inspect.signature(Trainer).parameters][:2] == ["model", "optimizer"]
+
+
+def test_a_loss_in_the_order_of_keras_is_told_before_it_learns_nonsense():
+    def loss(y_true, y_pred):
+        return BCE(y_pred, y_true)
+
+    with pytest.warns(UserWarning, match=r"takes \(y_true, y_pred\), .*\(output, target\). Swap"):
+        make_trainer(loss=loss)
+
+
+def test_mps_without_mps_falls_back_as_cuda_does(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("mps", "cuda"):
+        with pytest.warns(UserWarning, match=f"on the CPU instead of '{device}'"):
+            assert make_trainer(device=device).device == torch.device("cpu")
 
 
 def test_parameters_without_an_optimizer_are_reported():
@@ -294,8 +329,11 @@ def test_a_loss_that_takes_no_data_for_a_class():
 
 
 def test_a_loss_with_its_arguments_swapped():
+    def loss(a, b):
+        return nn.functional.cross_entropy(b, a, ignore_index=255)
+
     with pytest.raises(RuntimeError, match=r"seems to take the target first. Swap its parameters."):
-        make_trainer(loss=lambda y, o: nn.functional.cross_entropy(o, y, ignore_index=255)).fit(1)
+        make_trainer(loss=loss).fit(1)
 
 
 class HuggingFace(nn.Module):

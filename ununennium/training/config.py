@@ -61,7 +61,7 @@ def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} must be True or False.{FLAGS[name]}")
 
-# %% ../../nbs/training/24_config.ipynb #config-n017
+# %% ../../nbs/training/24_config.ipynb #62da1257
 @dataclass
 class TrainerConfig:
     """Settings of a `Trainer`.
@@ -71,8 +71,8 @@ class TrainerConfig:
     epochs
         Total number of epochs that `fit()` without an argument trains up to.
     device
-        `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"`, or `"auto"`. Without a GPU, `"cuda"` falls back to
-        the CPU with a warning, `"auto"` silently.
+        `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"`, or `"auto"`. Where they do not exist, `"cuda"` and
+        `"mps"` fall back to the CPU with a warning, `"auto"` silently.
     mixed_precision, amp_dtype
         On CUDA, compute in `"float16"` with loss scaling, or in `"bfloat16"`. A CPU does so only
         for `device="cpu"` together with `"bfloat16"`. Parameters are always in full precision.

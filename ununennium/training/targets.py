@@ -193,7 +193,7 @@ def quote_samples(target: Tensor, counts: dict[float, int], raw: Any) -> str:
         return ""
     return f" in {quote_names(sample_names(raw), rows)}"
 
-# %% ../../nbs/training/43_targets.ipynb #a4907d32
+# %% ../../nbs/training/43_targets.ipynb #a92dc1b0
 def check_labels(
     target: Any,
     num_classes: int,
@@ -213,10 +213,8 @@ def check_labels(
         Number of classes C, and the label that does not count, or None.
     hint
         How to have a label ignored, with `{}` in place of the label; see `LossSpec.ignore_hint`.
-    look
-        What a look at the target has found; None to look now.
-    raw
-        What the loader returned, which may name its samples.
+    look, raw
+        What a look at the target has found, None to look now; and what the loader returned.
 
     Raises
     ------
