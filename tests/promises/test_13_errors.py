@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import signal
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -375,6 +376,58 @@ def test_a_validation_loss_that_is_not_finite_is_explained():
     with pytest.warns(UserWarning, match=r"of 1 batch is not finite, first at batch index 2"):
         scores = trainer.validate(spoiled(2, count=4))
     assert math.isnan(scores["val_loss"])
+
+
+def messages_of(trainer, epochs=1):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(epochs)
+    return [str(warning.message) for warning in caught]
+
+
+def test_nan_in_targets_is_not_blamed_on_the_images():
+    good = [(IMAGE, torch.randn(2, 1, 8, 8)) for _ in range(3)]
+    bad = [(image, height.clone()) for image, height in good]
+    bad[1][1][1, 0, 0, 0] = math.nan
+    model = nn.Conv2d(4, 1, 1)
+    (message,) = messages_of(make_trainer(good, bad, model=model, loss=nn.MSELoss()))
+    assert "at batch index 1 (sample 1), where the target was not finite" in message
+    assert "Look for NaN in the targets; MaskedLoss leaves them out." in message
+    assert "images" not in message and "class" not in message  # a regression has no scores
+    masked = MaskedLoss(nn.MSELoss(reduction="none"))
+    assert messages_of(make_trainer(bad, bad, model=model, loss=masked)) == []
+
+
+def test_a_diverged_model_is_not_blamed_on_the_data():
+    """Neither in training nor in validation, and no class is said to be counted."""
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=1e12)
+
+    messages = messages_of(
+        make_trainer(val=make_batches(4), optimizer=sgd, gradient_clip=None, max_skipped_steps=99)
+    )
+    assert len(messages) == 2
+    for message in messages:
+        assert "where the output was not finite" in message and "images" not in message
+        assert "lower the learning rate" in message and "class" not in message
+
+
+def test_a_bad_image_of_validation_is_named_with_what_the_scores_make_of_it():
+    tiles = Named()
+    tiles.image[5], tiles.mask[5] = math.nan, 0
+    for loader in (DataLoader(tiles, 4), DataLoader(tiles, 4, num_workers=1)):
+        (message,) = messages_of(make_trainer(val=loader))
+        assert "batch index 1 (filename tile_5.tif), where the input was not finite" in message
+        assert message.endswith("Where predictions are NaN, scores count class 0.")
+    (message,) = messages_of(make_trainer(val=DataLoader(tiles, 4), metrics={}))
+    assert message.endswith("such as unmasked nodata.")
+    (message,) = messages_of(make_trainer(val=DataLoader(tiles, 4, shuffle=True)))
+    assert "Look for NaN in its images and targets; if there is none, the model" in message
+
+
+def test_a_best_path_of_none_is_explained():
+    trainer = make_trainer()
     with pytest.raises(CheckpointError, match="best_path is None until"):
         trainer.load_checkpoint(None)
 

@@ -39,6 +39,15 @@ def note(skips, window, stepped, number=0, epoch=0, norm=1.0):
     skips.note(Step(window, torch.tensor(norm), stepped), number, epoch)
 
 
+def plain_culprit(batch):
+    bad = {name for name in batch.checks if not math.isfinite(batch.checks[name])}
+    if "output" in bad:
+        return "input" if "input" in bad else "output"
+    if "loss" in bad:
+        return "target" if "target" in bad else "loss"
+    return None
+
+
 def plain_count(windows, outcomes):
     """Count as the definition says, with nothing but Python's own loops."""
     first, run, longest = None, 0, 0
@@ -46,12 +55,7 @@ def plain_count(windows, outcomes):
         run = 0 if stepped else run + 1
         longest = max(longest, run)
         if not stepped and first is None:
-            bad = [
-                (batch.number, name)
-                for batch in window
-                for name in CHECKED
-                if name in batch.checks and not math.isfinite(batch.checks[name])
-            ]
+            bad = [(batch.number, name) for batch in window if (name := plain_culprit(batch))]
             first = bad[0] if bad else (window[0].number, "gradient")
     return {
         "count": outcomes.count(False), "first": first, "in_a_row": run, "longest": longest,
@@ -66,10 +70,9 @@ def runs(draw, most=40):
     for stepped in outcomes:
         window = []
         for _ in range(size):
-            names = st.sampled_from([*CHECKED, None, None])
-            bad = None if stepped else draw(names)
+            bad = set() if stepped else draw(st.sets(st.sampled_from(CHECKED)))
             checks = {name: 1.0 for name in CHECKED if name != "target" or draw(st.booleans())}
-            window.append(make_batch(number, **(checks | ({bad: math.nan} if bad else {}))))
+            window.append(make_batch(number, **(checks | dict.fromkeys(bad, math.nan))))
             number += 1
         windows.append(window)
     return windows, outcomes
@@ -237,7 +240,7 @@ def test_a_loaded_count_replaces_what_was_pending():
 def test_the_host_gives_up_at_once():
     skips = SkippedSteps(limit=3)
     for stepped in (False, False, True, False, False):
-        note(skips, [make_batch(7, input=math.nan)], stepped)
+        note(skips, [make_batch(7, input=math.nan, output=math.nan)], stepped)
     message = (
         r"^3 steps in a row were skipped because the gradient was not finite; the parameters are "
         r"as they were before. The first skipped step of epoch 5 was at batch index 7, where the "
@@ -312,7 +315,7 @@ def test_one_warning_per_epoch(count, text):
 
 
 def test_an_overflow_of_a_scaled_loss_is_no_reason_to_warn_but_a_bad_image_is():
-    for checks, warned in (({}, 0), ({"input": math.nan}, 1)):
+    for checks, warned in (({}, 0), ({"input": math.nan, "output": math.nan}, 1)):
         skips = SkippedSteps(limit=9)
         note(skips, [make_batch(**checks)], False)
         count, messages = closing(skips, scaled=True)
@@ -323,7 +326,8 @@ def test_an_overflow_of_a_scaled_loss_is_no_reason_to_warn_but_a_bad_image_is():
 def test_samples_are_named(decide, names):
     image = torch.zeros(2, 1, 2, 2)
     image[1] = math.nan
-    batch = make_batch(4, {"filename": ["a.tif", "b.tif"]}, image, input=math.nan)
+    names_of = {"filename": ["a.tif", "b.tif"]}
+    batch = make_batch(4, names_of, image, input=math.nan, output=math.nan)
     skips = SkippedSteps(limit=9)
     note(skips, [make_batch(3), batch], decide(False))
     _, (message,) = closing(skips)
@@ -334,6 +338,20 @@ def test_the_culprit_of_a_window():
     window = [make_batch(0), make_batch(1, output=math.nan, loss=math.nan)]
     assert find_culprit(window) == (window[1], "output")
     assert find_culprit(window[:1]) == (window[0], "gradient")
+
+
+def test_what_did_no_harm_is_not_blamed():
+    """Missing dates before a nanmean, and heights that a MaskedLoss leaves out."""
+    harmless = make_batch(0, input=math.nan, target=math.nan, output=1.0)
+    overflown = make_batch(1, target=math.nan, output=math.inf, loss=math.nan)
+    assert find_culprit([harmless, overflown]) == (overflown, "output")
+    assert find_culprit([harmless]) == (harmless, "gradient")
+    tally = DeviceTally()
+    tally.add([harmless, overflown], torch.tensor(False))
+    assert tally.read()[0].first == (1, "output")
+
+
+def test_a_batch_in_words():
     assert batch_text(3, "") == "batch index 3"
 
 
@@ -342,7 +360,7 @@ def test_how_the_loss_grew_is_described_unless_the_data_are_to_blame(culprit, is
     skips = SkippedSteps(limit=9)
     for number, loss in enumerate([1.0, 1.0, 1.0, 1.0, 8.0, 64.0]):
         note(skips, [make_batch(number, loss=loss)], True, number + 1, norm=loss / 2)
-    note(skips, [make_batch(6, **{culprit: math.nan, "loss": math.nan})], False, 6)
+    note(skips, [make_batch(6, **dict.fromkeys((culprit, "output", "loss"), math.nan))], False, 6)
     _, (message,) = closing(skips)
     story = (
         " The loss was about 1 and grew from step 5 on: 8, 64. The gradient norms were 0.5, 0.5, "

@@ -58,22 +58,27 @@ def finite_checks(parts: Mapping[str, Any]) -> dict[str, Tensor]:
             checks[name] = total
     return checks
 
-# %% ../../nbs/training/49_finite.ipynb #finite-012
-def first_bad(checks: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first check that is not finite, or None. This reads the device."""
-    return next(
-        (name for name in CHECKED if name in checks and not checks[name].isfinite()),
-        None,
-    )
+# %% ../../nbs/training/49_finite.ipynb #8286a9b7
+def culprit_in(finite: Mapping[str, bool]) -> str | None:
+    """Return which part spoiled output or loss, from which parts are finite; None if none did."""
+    for spoiled, cause in (("output", "input"), ("loss", "target")):
+        if not finite.get(spoiled, True):
+            return spoiled if finite.get(cause, True) else cause
+    return None
 
-# %% ../../nbs/training/49_finite.ipynb #finite-016
+
+def first_bad(checks: Mapping[str, Tensor]) -> str | None:
+    """Return the culprit by a batch's checks, or None. This reads the device."""
+    return culprit_in({name: bool(check.isfinite()) for name, check in checks.items()})
+
+# %% ../../nbs/training/49_finite.ipynb #e6b5662a
 HINTS = {
     "input": "Look for NaN or infinity in the images, such as unmasked nodata.",
     "target": "Look for NaN in the targets; MaskedLoss leaves them out.",
-    "output": "The model overflows: lower the learning rate, normalise the input, or try "
-    "amp_dtype='bfloat16'.",
+    "output": "The model overflows: lower the learning rate, normalise the input, or, in float16, "
+    "try amp_dtype='bfloat16'.",
     "loss": "The loss overflows on finite outputs: look for log(0) or a division by zero in it.",
-    "gradient": "The backward pass overflows: lower the learning rate, or try "
+    "gradient": "The backward pass overflows: lower the learning rate, or, in float16, try "
     "amp_dtype='bfloat16'.",
 }
 
