@@ -1,12 +1,14 @@
 """Synthetic scenes: the properties that examples and other tests rely on."""
 
+import functools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ununennium.data import CLOUD, SyntheticScenes, true_colour
+from ununennium.data import CLOUD, SyntheticScenes, remap_labels, true_colour
 
 
 def equal(one, other):
@@ -105,3 +107,51 @@ def test_true_colour_takes_bands_by_number_or_grey():
     assert torch.equal(true_colour(image, (0, 1, 2)), true_colour(image).flip(-1))
     grey = true_colour(image[:2])
     assert torch.equal(grey[..., 0], grey[..., 1]) and torch.equal(grey[..., 0], grey[..., 2])
+
+
+# Labels with gaps.
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_ids_with_gaps_become_classes(dtype):
+    ids = torch.tensor([0, 10, 20, 95, 255])
+    labels = ids[torch.randint(5, (2, 8, 8))].to(dtype)
+    new = remap_labels(labels, [95, 10, 20], nodata=[0])
+    assert new.dtype == dtype and new.shape == labels.shape
+    for label, number in {95: 0, 10: 1, 20: 2, 0: 255, 255: 255}.items():
+        assert (new[labels == label] == number).all()
+    assert labels.unique().tolist() == ids.tolist()  # as they were
+    array = remap_labels(labels.numpy(), [95, 10, 20], nodata=[0])
+    assert array.dtype == labels.numpy().dtype and np.array_equal(array, new.numpy())
+
+
+def test_ids_are_merged_by_a_dictionary():
+    labels = torch.tensor([11, 12, 21, -1])
+    new = remap_labels(labels, {11: 0, 12: 0, 21: 1}, nodata=[-1], ignore_index=9)
+    assert new.tolist() == [0, 0, 1, 9]
+
+
+def test_a_type_that_is_too_small_is_widened():
+    labels = torch.tensor([10, 20, 0], dtype=torch.int8)
+    assert remap_labels(labels, [10, 20], nodata=[0]).tolist() == [0, 1, 255]
+
+
+def test_samples_keep_what_is_no_label():
+    image, labels = torch.zeros(4, 2, 2), torch.tensor([[10, 20], [20, 10]])
+    transform = pickle.loads(pickle.dumps(functools.partial(remap_labels, ids=[20, 10])))
+    pair, named = transform((image, labels)), transform({"image": image, "mask": labels})
+    assert pair[0] is image and named["image"] is image
+    assert pair[1].tolist() == named["mask"].tolist() == [[1, 0], [0, 1]]
+    assert transform({"label": torch.tensor(10)})["label"].item() == 1
+    with pytest.raises(ValueError, match=r"no 'mask' and no 'label', but \['image'\]"):
+        transform({"image": image})
+
+
+def test_a_label_that_was_forgotten_is_no_class():
+    labels = torch.tensor([10, 30, 30, 40])
+    with pytest.raises(ValueError, match=r"nor in nodata: 30 \(2 times\), 40 \(1 time\). Add"):
+        remap_labels(labels, [10, 20])
+    with pytest.raises(ValueError, match=r"ids=\[10, 10\] has an id twice"):
+        remap_labels(labels, [10, 10])
+    with pytest.raises(TypeError, match=r"labels are float32; .* mask.long\(\)"):
+        remap_labels(labels.float(), [10])

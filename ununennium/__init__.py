@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Callback', 'CheckpointCallback', 'CheckpointError', 'ConfusionMatrix', 'Dashboard', 'EMA', 'EarlyStopping', 'Loop',
            'MaskedLoss', 'RankFailed', 'Trainer', 'TrainerConfig', 'TrainingDiverged', 'TrainingWarning', 'ValidPixels',
-           'class_weights', 'count_classes', 'load_weights', 'predict']
+           'class_weights', 'count_classes', 'load_weights', 'predict', 'remap_labels']
 
 # %% ../nbs/90_api.ipynb #2ba1fad0
 __version__ = "0.3.0"
 
+from .data import remap_labels
 from .losses import MaskedLoss, class_weights, count_classes
 from .ranks import RankFailed
 from .measures import ValidPixels
@@ -50,4 +51,5 @@ _all_ = [
     "count_classes",
     "load_weights",
     "predict",
+    "remap_labels",
 ]

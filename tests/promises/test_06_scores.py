@@ -81,10 +81,10 @@ def test_an_output_without_out_is_trained_and_not_scored():
             self.net = small_net()
 
         def forward(self, x):
-            return {"logits": self.net(x)}
+            return {"scores": self.net(x)}
 
     loss = lambda output, target: nn.functional.cross_entropy(
-        output["logits"], target, ignore_index=255
+        output["scores"], target, ignore_index=255
     )
     settings = {"val": make_batches(2), "model": Named(), "loss": loss, "ignore_index": 255}
     assert "val_loss" in make_trainer(metrics={}, **settings).fit(1)

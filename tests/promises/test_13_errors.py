@@ -1,8 +1,11 @@
 """13 · Errors are sentences: what is wrong, with the value, and what to do; and nothing is lost."""
 
+import inspect
 import math
 import os
 import signal
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from ununennium import (
     MaskedLoss,
     Trainer,
     TrainerConfig,
+    remap_labels,
 )
 
 # Parts and settings.
@@ -100,6 +104,40 @@ def test_settings_of_the_wrong_type():
     base = make_trainer()
     with pytest.raises(TypeError, match=r"pass a list: callbacks=\[...\]"):
         Trainer(base.model, base.optimizer, base.loss_fn, [1], callbacks=EarlyStopping())
+
+
+def test_settings_that_are_passed_to_the_trainer_itself():
+    base = make_trainer()
+    parts = base.model, base.optimizer, base.loss_fn, base.train_loader
+    for options, message in (
+        ({"epochs": 4, "device": "cpu"}, r"config=TrainerConfig\(epochs=4, device='cpu'\)"),
+        ({"epochs": 4, "config": base.config}, r"config=TrainerConfig\(epochs=4\)"),
+        (
+            {"max_epochs": 4},
+            r"no argument 'max_epochs'. Did you mean config=TrainerConfig\(epochs=",
+        ),
+        ({"schedular": None}, r"no argument 'schedular'. Did you mean scheduler=...\?"),
+        ({"fold": 1}, r"no argument 'fold'. It takes model, optimizer, .*, metrics."),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Trainer(*parts, **options)
+    assert [*inspect.signature(Trainer).parameters][:2] == ["model", "optimizer"]
+
+
+def test_a_loss_in_the_order_of_keras_is_told_before_it_learns_nonsense():
+    def loss(y_true, y_pred):
+        return BCE(y_pred, y_true)
+
+    with pytest.warns(UserWarning, match=r"takes \(y_true, y_pred\), .*\(output, target\). Swap"):
+        make_trainer(loss=loss)
+
+
+def test_mps_without_mps_falls_back_as_cuda_does(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("mps", "cuda"):
+        with pytest.warns(UserWarning, match=f"on the CPU instead of '{device}'"):
+            assert make_trainer(device=device).device == torch.device("cpu")
 
 
 def test_parameters_without_an_optimizer_are_reported():
@@ -179,7 +217,7 @@ BAD_BATCHES = {
     "labels beyond the classes": (
         (IMAGE, MASK + 5), None, 3, r"labels outside the model's 3 classes 0..2: 5 \(\d+ times\)"),
     "one label beyond": (
-        (IMAGE, torch.full_like(MASK, 9)), None, 3, "build the loss with ignore_index=9"),
+        (IMAGE, torch.full_like(MASK, 9)), None, 3, "9 .* or set these pixels to 255"),
     "negative labels": ((IMAGE, MASK - 1), None, 3, r"-1 \(\d+ times\)"),
     "a mask of floats for cross-entropy": (
         (IMAGE, MASK.float()), None, 3, r"wants class numbers, .*float32. Pass integers"),
@@ -240,6 +278,84 @@ def test_bands_that_do_not_fit_the_model():
         trainer.fit(1)
 
 
+def test_images_with_their_channels_last():
+    trainer = make_trainer([(torch.rand(4, 32, 32, 4), torch.zeros(4, 32, 32, dtype=torch.long))])
+    with pytest.raises(
+        ValueError, match=r"channels last, .* in the dataset: image.permute\(2, 0, 1"
+    ):
+        trainer.fit(1)
+
+
+def test_one_hot_masks():
+    one_hot = nn.functional.one_hot(MASK, 3)
+    for mask, cure in ((one_hot.movedim(-1, 1), r"argmax\(1\)"), (one_hot, r"argmax\(-1\)")):
+        with pytest.raises(ValueError, match=f"The mask is one-hot: pass target.{cure}"):
+            make_trainer([(IMAGE, mask)]).fit(1)
+
+
+def test_one_bad_label_is_an_annotation_error_in_a_sample_of_a_batch():
+    batches = make_batches(9, size=4)
+    batches[7][1][3, 2, 2] = 7
+    message = r"7 \(1 time\) in sample 3; ignore_index is 255. Correct the mask, .*"
+    with pytest.raises(ValueError, match=rf"(?s){message}This is batch index 7 of train_loader."):
+        make_trainer(batches).fit(1)
+    tiles = Named()
+    tiles.mask[6, 1, 1] = 7
+    for loaders in ([DataLoader(tiles, 4)], [None, DataLoader(tiles, 4)]):
+        with pytest.raises(ValueError, match=r"(?s)in filename tile_6.tif; .* batch index 1 of"):
+            make_trainer(*loaders).fit(1)
+
+
+def test_label_ids_with_gaps():
+    ids = torch.tensor([10, 20, 30])
+    batches = [(IMAGE, ids[MASK])]
+    with pytest.raises(ValueError, match=r"remap_labels\(mask, \[10, 20, 30\]\)"):
+        make_trainer(batches).fit(1)
+    batches = [remap_labels(batch, [10, 20, 30]) for batch in batches]
+    assert make_trainer(batches).fit(1)["train_skipped_steps"] == [0]
+
+
+def test_a_loss_that_takes_no_data_for_a_class():
+    class Dice(nn.Module):
+        def forward(self, output, target):
+            hot = torch.zeros_like(output).scatter_(1, target[:, None], 1)
+            return 1 - (output.softmax(1) * hot).mean()
+
+    message = (
+        r"label 255, which means no data .*, and the loss Dice does not leave it out. Pass one"
+    )
+    for attempt in (lambda trainer: trainer.fit(1), lambda trainer: trainer.check()):
+        with pytest.raises(RuntimeError, match=message):
+            attempt(make_trainer(loss=Dice(), ignore_index=255))
+
+
+def test_a_loss_with_its_arguments_swapped():
+    def loss(a, b):
+        return nn.functional.cross_entropy(b, a, ignore_index=255)
+
+    with pytest.raises(RuntimeError, match=r"seems to take the target first. Swap its parameters."):
+        make_trainer(loss=loss).fit(1)
+
+
+class HuggingFace(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind = small_net(), kind
+
+    def forward(self, image):
+        return self.kind(logits=self.net(image))
+
+
+@pytest.mark.parametrize("kind", [SimpleNamespace, dict])
+def test_outputs_with_logits_are_understood(kind):
+    """By a plain loss and by the scores, as if the model had returned the logits alone."""
+    plain, wrapped = (
+        make_trainer(val=make_batches(2), model=model) for model in (None, HuggingFace(kind))
+    )
+    assert wrapped.fit(2) == plain.fit(2)
+    assert wrapped.check() == []
+
+
 def test_class_names_must_match():
     with pytest.raises(ValueError, match="3 classes, .* class_names is 2"):
         make_trainer(class_names=["a", "b"]).validate(make_batches())
@@ -260,6 +376,58 @@ def test_a_validation_loss_that_is_not_finite_is_explained():
     with pytest.warns(UserWarning, match=r"of 1 batch is not finite, first at batch index 2"):
         scores = trainer.validate(spoiled(2, count=4))
     assert math.isnan(scores["val_loss"])
+
+
+def messages_of(trainer, epochs=1):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(epochs)
+    return [str(warning.message) for warning in caught]
+
+
+def test_nan_in_targets_is_not_blamed_on_the_images():
+    good = [(IMAGE, torch.randn(2, 1, 8, 8)) for _ in range(3)]
+    bad = [(image, height.clone()) for image, height in good]
+    bad[1][1][1, 0, 0, 0] = math.nan
+    model = nn.Conv2d(4, 1, 1)
+    (message,) = messages_of(make_trainer(good, bad, model=model, loss=nn.MSELoss()))
+    assert "at batch index 1 (sample 1), where the target was not finite" in message
+    assert "Look for NaN in the targets; MaskedLoss leaves them out." in message
+    assert "images" not in message and "class" not in message  # a regression has no scores
+    masked = MaskedLoss(nn.MSELoss(reduction="none"))
+    assert messages_of(make_trainer(bad, bad, model=model, loss=masked)) == []
+
+
+def test_a_diverged_model_is_not_blamed_on_the_data():
+    """Neither in training nor in validation, and no class is said to be counted."""
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=1e12)
+
+    messages = messages_of(
+        make_trainer(val=make_batches(4), optimizer=sgd, gradient_clip=None, max_skipped_steps=99)
+    )
+    assert len(messages) == 2
+    for message in messages:
+        assert "where the output was not finite" in message and "images" not in message
+        assert "lower the learning rate" in message and "class" not in message
+
+
+def test_a_bad_image_of_validation_is_named_with_what_the_scores_make_of_it():
+    tiles = Named()
+    tiles.image[5], tiles.mask[5] = math.nan, 0
+    for loader in (DataLoader(tiles, 4), DataLoader(tiles, 4, num_workers=1)):
+        (message,) = messages_of(make_trainer(val=loader))
+        assert "batch index 1 (filename tile_5.tif), where the input was not finite" in message
+        assert message.endswith("Where predictions are NaN, scores count class 0.")
+    (message,) = messages_of(make_trainer(val=DataLoader(tiles, 4), metrics={}))
+    assert message.endswith("such as unmasked nodata.")
+    (message,) = messages_of(make_trainer(val=DataLoader(tiles, 4, shuffle=True)))
+    assert "Look for NaN in its images and targets; if there is none, the model" in message
+
+
+def test_a_best_path_of_none_is_explained():
+    trainer = make_trainer()
     with pytest.raises(CheckpointError, match="best_path is None until"):
         trainer.load_checkpoint(None)
 

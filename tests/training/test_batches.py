@@ -5,6 +5,7 @@ import contextlib
 import math
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ununennium.training.batches import (
     AccumulationWindows,
     BatchReader,
     MicroBatch,
+    has_prediction,
     num_batches,
     open_iterator,
     prediction,
@@ -141,9 +143,17 @@ def test_the_prediction_of_an_output(output):
     assert prediction(output) is IMAGE
 
 
-def test_a_dictionary_without_out_has_no_prediction():
-    with pytest.raises(ValueError, match=r"with \['logits'\], but without 'out'. Name the"):
-        prediction({"logits": IMAGE})
+def test_a_dictionary_without_out_or_logits_has_no_prediction():
+    with pytest.raises(ValueError, match=r"with \['z'\], but without 'out' or 'logits'. Name the"):
+        prediction({"z": IMAGE})
+    assert not has_prediction({"z": IMAGE}) and has_prediction(IMAGE)
+
+
+def test_the_prediction_of_a_hugging_face_output_is_its_logits():
+    named = collections.namedtuple("Output", "loss logits")(None, IMAGE)
+    for output in ({"logits": IMAGE}, SimpleNamespace(logits=IMAGE), named):
+        assert prediction(output) is IMAGE and has_prediction(output)
+    assert prediction({"out": IMAGE, "logits": MASK}) is IMAGE
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from small import make_batches, small_net
+from small import Named, make_batches, small_net, spoiled
 from ununennium import ConfusionMatrix, MaskedLoss, TrainerConfig
-from ununennium.training.evaluate import Evaluator, count_classes_of
+from ununennium.training.evaluate import Evaluator, batch_again, count_classes_of, find_cause
+from ununennium.training.loader import ResumableLoader
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.task import Task
 
@@ -140,3 +142,32 @@ class Score:
 def test_a_score_does_not_take_the_place_of_the_loss(metrics):
     with pytest.raises(ValueError, match="the name of a loss: val_loss. Choose another name"):
         make_evaluator(metrics=metrics).score(make_batches(2))
+
+
+# The culprit of a loss that is not finite.
+
+
+def test_a_batch_is_read_again_only_where_nothing_has_to_be_read_before_it():
+    tiles = Named()
+    for loader in (DataLoader(tiles, 5), DataLoader(tiles, 5, num_workers=2)):
+        for again in (loader, ResumableLoader(loader)):
+            assert batch_again(again, 2)["filename"] == ["tile_10.tif", "tile_11.tif"]
+    assert batch_again([1, 2, 3], 1) == batch_again((1, 2), 1) == 2
+    sampler = torch.utils.data.WeightedRandomSampler([1.0] * 12, 12)
+    for other in (
+        DataLoader(tiles, 5, shuffle=True), DataLoader(tiles, 5, sampler=sampler),
+        DataLoader(tiles, batch_size=None), iter([1, 2]),
+    ):  # fmt: skip
+        assert batch_again(other, 1) is None
+
+
+def test_looking_for_a_culprit_changes_nothing():
+    evaluator = make_evaluator()
+    task, before = evaluator.task, torch.get_rng_state()
+    task.model.train()
+    buffers = {name: value.clone() for name, value in task.model.state_dict().items()}
+    assert find_cause(task, spoiled(2), 2) == ("sample 0", "input")
+    assert find_cause(task, spoiled(2), 1) == find_cause(task, [], 7) == ("", "")
+    assert task.model.training and torch.equal(torch.get_rng_state(), before)
+    after = task.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in buffers.items())

@@ -12,6 +12,7 @@ from ununennium.training.finite import (
     CHECKED,
     HINTS,
     bad_rows,
+    culprit_in,
     finite_checks,
     finite_sum,
     first_bad,
@@ -72,13 +73,27 @@ def test_integer_labels_have_no_check():
     assert tuple(checks) == ("input", "output", "loss")
 
 
-@given(st.lists(st.booleans(), min_size=4, max_size=4))
-def test_the_first_bad_part_is_the_culprit(fine):
-    parts = [torch.tensor(1.0 if good else math.nan) for good in fine]
-    expected = next((name for name, good in zip(CHECKED, fine, strict=True) if not good), None)
-    checks = finite_checks(dict(zip(CHECKED, parts, strict=True)))
-    assert first_bad(checks) == expected
-    assert first_bad(dict(reversed(checks.items()))) == expected
+@pytest.mark.parametrize(
+    ("bad", "culprit"),
+    [
+        ("", None),
+        ("input", None),  # and the model copes with it
+        ("input target", None),
+        ("output loss", "output"),
+        ("input output loss", "input"),
+        ("target output loss", "output"),
+        ("loss", "loss"),
+        ("input loss", "loss"),
+        ("target loss", "target"),
+    ],
+)
+def test_the_culprit_is_what_spoiled_output_or_loss(bad, culprit):
+    parts = {name: torch.tensor(math.nan if name in bad else 1.0) for name in CHECKED}
+    checks = finite_checks(parts)
+    assert first_bad(checks) == first_bad(dict(reversed(checks.items()))) == culprit
+    assert culprit_in({name: name not in bad for name in checks}) == culprit
+    known = {name: check for name, check in checks.items() if name in bad}  # others have none
+    assert first_bad(known) == culprit
 
 
 def test_every_culprit_has_a_hint():

@@ -11,7 +11,7 @@ from small import make_batches, small_net
 from ununennium import Callback, TrainerConfig
 from ununennium.training.hook_checks import check_callbacks
 from ununennium.training.messages import TrainingWarning
-from ununennium.training.parts import check_group, check_loader, check_parts
+from ununennium.training.parts import check_group, check_loader, check_order, check_parts
 
 
 def make_parts(**changes):
@@ -64,6 +64,28 @@ def test_good_parts_pass_in_silence(changes):
 def test_bad_parts_are_refused(changes, error, message):
     with pytest.raises(error, match=message):
         check_parts(**make_parts(**changes))
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_told"),
+    [
+        (lambda y_true, y_pred: y_pred.mean(), True),
+        (lambda target, output: output.mean(), True),
+        (lambda output, target: output.mean(), False),
+        (lambda y_pred, y_true: y_pred.mean(), False),
+        (lambda first, second: first.mean(), False),
+        (lambda *args: args[0].mean(), False),
+        (nn.CrossEntropyLoss(), False),
+        (nn.functional.cross_entropy, False),
+        (max, False),
+    ],
+)
+def test_a_loss_that_names_the_target_first_is_told(loss, is_told):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_order(loss)
+    assert len(caught) == is_told
+    assert all("it is called as loss_fn(output, target). Swap" in str(w.message) for w in caught)
 
 
 class Hooked:

@@ -12,6 +12,7 @@ from skipping import make_batch, plain_count, runs
 
 from small import HostReads
 from ununennium import TrainingDiverged
+from ununennium.training.counting import DeviceTally
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.skips import (
     DivergenceTrail,
@@ -129,7 +130,7 @@ def test_a_loaded_count_replaces_what_was_pending():
 def test_the_host_gives_up_at_once():
     skips = SkippedSteps(limit=3)
     for stepped in (False, False, True, False, False):
-        note(skips, [make_batch(7, input=math.nan)], stepped)
+        note(skips, [make_batch(7, input=math.nan, output=math.nan)], stepped)
     message = (
         r"^3 steps in a row were skipped because the gradient was not finite; the parameters are "
         r"as they were before. The first skipped step of epoch 5 was at batch index 7, where the "
@@ -204,7 +205,7 @@ def test_one_warning_per_epoch(count, text):
 
 
 def test_an_overflow_of_a_scaled_loss_is_no_reason_to_warn_but_a_bad_image_is():
-    for checks, warned in (({}, 0), ({"input": math.nan}, 1)):
+    for checks, warned in (({}, 0), ({"input": math.nan, "output": math.nan}, 1)):
         skips = SkippedSteps(limit=9)
         note(skips, [make_batch(**checks)], False)
         count, messages = closing(skips, scaled=True)
@@ -278,7 +279,8 @@ def test_a_resumed_epoch_says_how_many_more_there_were():
 def test_samples_are_named(decide, names):
     image = torch.zeros(2, 1, 2, 2)
     image[1] = math.nan
-    batch = make_batch(4, {"filename": ["a.tif", "b.tif"]}, image, input=math.nan)
+    names_of = {"filename": ["a.tif", "b.tif"]}
+    batch = make_batch(4, names_of, image, input=math.nan, output=math.nan)
     skips = SkippedSteps(limit=9)
     note(skips, [make_batch(3), batch], decide(False))
     _, (message,) = closing(skips)
@@ -289,6 +291,20 @@ def test_the_culprit_of_a_window():
     window = [make_batch(0), make_batch(1, output=math.nan, loss=math.nan)]
     assert find_culprit(window) == (window[1], "output")
     assert find_culprit(window[:1]) == (window[0], "gradient")
+
+
+def test_what_did_no_harm_is_not_blamed():
+    """Missing dates before a nanmean, and heights that a MaskedLoss leaves out."""
+    harmless = make_batch(0, input=math.nan, target=math.nan, output=1.0)
+    overflown = make_batch(1, target=math.nan, output=math.inf, loss=math.nan)
+    assert find_culprit([harmless, overflown]) == (overflown, "output")
+    assert find_culprit([harmless]) == (harmless, "gradient")
+    tally = DeviceTally()
+    tally.add([harmless, overflown], torch.tensor(False))
+    assert tally.read()[0].first == (1, "output")
+
+
+def test_a_batch_in_words():
     assert batch_text(3, "") == "batch index 3"
 
 
@@ -297,7 +313,7 @@ def test_how_the_loss_grew_is_described_unless_the_data_are_to_blame(culprit, is
     skips = SkippedSteps(limit=9)
     for number, loss in enumerate([1.0, 1.0, 1.0, 1.0, 8.0, 64.0]):
         note(skips, [make_batch(number, loss=loss)], True, number + 1, norm=loss / 2)
-    note(skips, [make_batch(6, **{culprit: math.nan, "loss": math.nan})], False, 6)
+    note(skips, [make_batch(6, **dict.fromkeys((culprit, "output", "loss"), math.nan))], False, 6)
     _, (message,) = closing(skips)
     story = (
         " The loss was about 1 and grew from step 5 on: 8, 64. The gradient norms were 0.5, 0.5, "

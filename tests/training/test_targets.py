@@ -38,7 +38,7 @@ LOGITS, MASK = torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)
         (torch.zeros(3), torch.tensor(1), CE),  # a sample without a batch
         ({"out": LOGITS, "aux": None}, MASK, CE),
         ((LOGITS, None), MASK, CE),
-        ({"logits": LOGITS}, MASK[:, :4], CE),  # the loss knows what it takes from it
+        ({"scores": LOGITS}, MASK[:, :4], CE),  # the loss knows what it takes from it
         (LOGITS, [MASK], CE),
         (LOGITS, LOGITS, BCE),
         (LOGITS, LOGITS.long(), BCE),
@@ -99,7 +99,7 @@ def test_labels_are_quoted_with_their_counts():
     ("labels", "message"),
     [
         ([0, 1, 5, 5], r"classes 0..2: 5 \(2 times\); ignore_index is None. If 5 means no data, "
-                       r"build the loss with ignore_index=5.$"),
+                       r"build the loss with ignore_index=5. If these are ids of classes, "),
         ([0, 3], r"ignore_index=3; if it is a class, the model needs 4 classes.$"),
         ([1, 2, 3], r"They seem to start at 1: subtract 1.$"),
         ([-1, 1, 9], r"-1 \(1 time\), 9 \(1 time\); .*Correct them, .*ignore_index=<its label>.$"),
@@ -109,6 +109,53 @@ def test_labels_are_quoted_with_their_counts():
 def test_labels_that_are_no_class(labels, message):
     with pytest.raises(ValueError, match=message):
         check_labels(torch.tensor(labels), 3, None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "ignored", "message"),
+    [
+        ([10] * 9 + [20, 30], 3, None, r"None. If these are ids .*\(mask, \[10, 20, 30\]\).$"),
+        ([1, 2, 8, 8], 6, 0, r"set these pixels to 0 .* remap_labels\(mask, \[1, 2, 8, ...\]\).$"),
+        ([0] * 200 + [7], 6, 255, r"Correct the mask, or set these pixels to 255 in the dataset.$"),
+        ([0, 1, 2, 7], 3, -100, r"If 7 means no data, build the loss with ignore_index=7.$"),
+    ],
+)
+def test_a_stray_label_and_ids_with_gaps_are_told_apart(labels, classes, ignored, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(torch.tensor(labels), classes, ignored)
+
+
+def test_the_samples_with_a_stray_label_are_named():
+    masks = torch.zeros(4, 8, 8, dtype=torch.uint8)
+    masks[1, 2, 3] = masks[3, 0, 0] = 9
+    names = {"mask": masks, "path": ["a", "b", "c", "d"]}
+    for raw, where in ((names, "in path b, d;"), ((None, masks), "in sample 1, 3;")):
+        with pytest.raises(ValueError, match=rf"9 \(2 times\) {where} ignore_index"):
+            check_labels(masks, 3, None, raw=raw)
+    with pytest.raises(ValueError, match=r"9 \(256 times\); ignore_index"):  # all of them
+        check_labels(torch.full_like(masks, 9), 3, None, raw=names)
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [
+        ((2, 1, 8, 8), "Drop the channel: mask.squeeze(1)."),
+        ((2, 3, 8, 8), "one-hot: pass target.argmax(1), or mask.argmax(0) in the dataset."),
+        ((2, 8, 8, 3), "one-hot: pass target.argmax(-1), or mask.argmax(-1) in the dataset."),
+        ((2, 16, 32), "Enlarge the output: F.interpolate(output, size=mask.shape[1:])."),
+        ((2, 9, 8), ""),
+        ((2, 4, 8), ""),
+    ],
+)
+def test_shapes_of_masks_say_what_they_are(shape, hint):
+    with pytest.raises(ValueError, match="wants labels of shape") as caught:
+        check_shapes(LOGITS, torch.zeros(shape, dtype=torch.int64), CE)
+    assert str(caught.value).partition("int64.")[2].strip().removeprefix("The mask is ") == hint
+
+
+def test_labels_of_several_classes_are_not_for_an_elementwise_loss():
+    with pytest.raises(ValueError, match=r"element by element, .* use nn.CrossEntropyLoss.$"):
+        check_shapes(LOGITS, MASK, BCE)
 
 
 def test_the_hint_comes_from_the_loss():

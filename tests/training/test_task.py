@@ -1,5 +1,8 @@
 """A batch becomes its losses; an input that does not fit is explained."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from torch import nn
 
 from small import make_batches, small_net
 from ununennium import TrainerConfig
-from ununennium.training.task import Task
+from ununennium.training.task import Task, try_on_host
 
 
 def make_task(model=None, loss=None, methods=None, **settings):
@@ -117,5 +120,99 @@ def test_a_loss_that_cannot_take_a_dictionary_says_what_it_gets():
 
     task = Task(Dictionary(4, 3, 1), nn.CrossEntropyLoss(), TrainerConfig(device="cpu"))
     batch = task.prepare((torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 8).long()), 0)
-    with pytest.raises(TypeError, match="gets the whole output of the model, a dict"):
+    with pytest.raises(TypeError, match="gets the whole output of the model, of type dict"):
         task.forward(batch)
+
+
+# Losses that cannot be called as the loop calls them.
+
+
+def forward(loss, target=None, wrap=lambda output: output, **settings):
+    class Wrapped(nn.Conv2d):
+        def forward(self, image):
+            return wrap(super().forward(image))
+
+    task = Task(Wrapped(4, 3, 1), loss, TrainerConfig(device="cpu", **settings))
+    target = torch.zeros(2, 8, 8).long() if target is None else target
+    batch = task.prepare((torch.randn(2, 4, 8, 8), target), 0)
+    task.forward(batch)
+    return task, batch
+
+
+def own_dice(output, target):
+    return 1 - output.softmax(1).gather(1, target[:, None]).mean()
+
+
+def test_a_loss_that_takes_no_data_for_a_class_is_explained():
+    target = torch.zeros(2, 8, 8).long()
+    target[0, 0, 0] = 255
+    with pytest.raises(RuntimeError, match=r"\nThe target has the label 255, .*ignore_index=255\)"):
+        forward(own_dice, target, ignore_index=255)
+    with pytest.raises(
+        RuntimeError, match=r"3 classes 0..2: 255 \(1 time\), and the loss own_dice"
+    ):
+        forward(own_dice, target)
+
+
+def test_an_error_about_an_index_of_its_own_is_left_alone():
+    def loss(output, target):
+        return output[0, 7].mean()
+
+    with pytest.raises(IndexError) as caught:
+        forward(loss)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_loss_is_tried_in_host_memory_where_a_device_would_abort():
+    task, batch = forward(own_dice)
+    task.device = torch.device("meta")  # anything but the CPU
+    target = torch.zeros(2, 8, 8).long()
+    output = task.model(batch.inputs)
+    try_on_host(task, output, target)
+    target[1, 0, 0] = 9
+    with pytest.raises(ValueError, match=r"9 \(1 time\), and the loss own_dice"):
+        try_on_host(task, output, target)
+
+    def careful(output, target):
+        return own_dice(output, target.clamp(max=2))
+
+    task.loss_fn = careful
+    try_on_host(task, output, target)
+
+
+def test_a_loss_that_takes_the_target_first_is_explained():
+    with pytest.raises(
+        RuntimeError, match="\nIt is called as loss_fn.output, target., .* Swap its"
+    ):
+        forward(lambda y, o: nn.functional.cross_entropy(o, y))
+
+
+@dataclasses.dataclass
+class HuggingFace:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("wrap", [HuggingFace, lambda output: {"logits": output}])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), own_dice])
+def test_the_logits_are_given_to_a_loss_that_wants_a_tensor(wrap, loss):
+    task, batch = forward(loss, wrap=wrap)
+    assert task.takes_prediction
+    assert torch.equal(batch.losses["loss"], loss(nn.Conv2d.forward(task.model, batch.inputs),
+                                                  batch.target))  # fmt: skip
+
+
+def test_a_loss_of_ones_own_gets_the_whole_output():
+    def loss(output, target):
+        return nn.functional.cross_entropy(output.logits, target)
+
+    assert not forward(loss, wrap=HuggingFace)[0].takes_prediction
+
+
+def test_an_output_without_a_prediction_is_the_business_of_the_loss():
+    def wrap(output):
+        return SimpleNamespace(scores=output)
+
+    with pytest.raises(
+        TypeError, match=r"of type SimpleNamespace. Write a loss that takes output's"
+    ):
+        forward(nn.CrossEntropyLoss(), wrap=wrap)

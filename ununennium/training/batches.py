@@ -126,24 +126,32 @@ def to_device(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True)
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
 
-# %% ../../nbs/training/40_batches.ipynb #batches-017
+# %% ../../nbs/training/40_batches.ipynb #f77a6a74
+def has_prediction(output: Any) -> bool:
+    """Return whether `prediction` finds one: not in a dictionary without `out` or `logits`."""
+    return not isinstance(output, Mapping) or "out" in output or "logits" in output
+
+# %% ../../nbs/training/40_batches.ipynb #afe38ae1
 def prediction(output: Any) -> Any:
     """Return the part of a model's output that metrics compare with the target.
 
     Raises
     ------
     ValueError
-        If the output is a dictionary without `out`.
+        If the output is a dictionary without `out` or `logits`.
     """
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
-        if "out" not in output:
+        if not has_prediction(output):
             raise ValueError(
                 f"The model returned a dictionary with {sorted(map(str, output))}, but without "
-                "'out'. Name the prediction 'out', or pass metrics={} to compute no scores."
+                "'out' or 'logits'. Name the prediction 'out', or pass metrics={} to compute no "
+                "scores."
             )
-        return output["out"]
+        return output["out"] if "out" in output else output["logits"]
+    if isinstance(logits := getattr(output, "logits", None), Tensor):
+        return logits
     return output[0] if isinstance(output, (tuple, list)) else output
 
 # %% ../../nbs/training/40_batches.ipynb #batches-020

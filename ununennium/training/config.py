@@ -73,7 +73,7 @@ class TrainerConfig:
     epochs
         Total number of epochs that `fit()` without an argument trains up to.
     device
-        `"cuda"`, `"cuda:1"`, `"cpu"`, `"mps"` or `"auto"`; `"cuda"` takes a CPU with a warning.
+        `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"` or `"auto"`; without a GPU all take the CPU.
     mixed_precision, amp_dtype
         On CUDA, compute in `"float16"` with loss scaling, or in `"bfloat16"`. A CPU does so only
         for `device="cpu"` together with `"bfloat16"`. Parameters are always in full precision.

@@ -74,7 +74,7 @@ def skip_runs(stepped: Tensor, skipped: Tensor, before: int | Tensor) -> Tensor:
     last = torch.where(stepped, count, 0).cummax(0).values
     return count - last + torch.where(stepped.cumsum(0) == 0, before, 0)
 
-# %% ../../nbs/training/56_counting.ipynb #bdb6b014
+# %% ../../nbs/training/56_counting.ipynb #496a2989
 def check_row(batch: MicroBatch, fine: Tensor) -> list[Tensor]:
     """Return a batch's `C` checks on the device; a `fine` one for parts without a check."""
     checks = batch.checks | {"loss": batch.losses["loss"]}
@@ -95,8 +95,10 @@ def skip_codes(numbers: list[list[int]], finite: Tensor, skipped: Tensor) -> Ten
     """
     steps = torch.tensor([step for step, batches in enumerate(numbers) for _ in batches])
     is_bad = skipped.index_select(0, steps.to(skipped.device, non_blocking=True))  # no wait
-    failed = torch.cat([~finite, torch.ones_like(finite[:, :1])], 1)
-    return torch.where(is_bad, failed.int().argmax(1) + 1, 0)
+    given, target, output, loss = (~finite).unbind(1)  # in the order of CHECKED
+    culprit = torch.where(loss, torch.where(target, 2, 4), len(CHECKED) + 1)
+    culprit = torch.where(output, torch.where(given, 1, 3), culprit)
+    return torch.where(is_bad, culprit, 0)
 
 # %% ../../nbs/training/56_counting.ipynb #7ff93e43
 def skips_in(numbers: list[list[int]], codes: list[int]) -> list[tuple[int, str]]:

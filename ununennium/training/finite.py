@@ -58,22 +58,27 @@ def finite_checks(parts: Mapping[str, Any]) -> dict[str, Tensor]:
             checks[name] = total
     return checks
 
-# %% ../../nbs/training/49_finite.ipynb #finite-012
-def first_bad(checks: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first check that is not finite, or None. This reads the device."""
-    return next(
-        (name for name in CHECKED if name in checks and not checks[name].isfinite()),
-        None,
-    )
+# %% ../../nbs/training/49_finite.ipynb #8286a9b7
+def culprit_in(finite: Mapping[str, bool]) -> str | None:
+    """Return which part spoiled output or loss, from which parts are finite; None if none did."""
+    for spoiled, cause in (("output", "input"), ("loss", "target")):
+        if not finite.get(spoiled, True):
+            return spoiled if finite.get(cause, True) else cause
+    return None
 
-# %% ../../nbs/training/49_finite.ipynb #finite-016
+
+def first_bad(checks: Mapping[str, Tensor]) -> str | None:
+    """Return the culprit by a batch's checks, or None. This reads the device."""
+    return culprit_in({name: bool(check.isfinite()) for name, check in checks.items()})
+
+# %% ../../nbs/training/49_finite.ipynb #e6b5662a
 HINTS = {
     "input": "Look for NaN or infinity in the images, such as unmasked nodata.",
     "target": "Look for NaN in the targets; MaskedLoss leaves them out.",
-    "output": "The model overflows: lower the learning rate, normalise the input, or try "
-    "amp_dtype='bfloat16'.",
+    "output": "The model overflows: lower the learning rate, normalise the input, or, in float16, "
+    "try amp_dtype='bfloat16'.",
     "loss": "The loss overflows on finite outputs: look for log(0) or a division by zero in it.",
-    "gradient": "The backward pass overflows: lower the learning rate, or try "
+    "gradient": "The backward pass overflows: lower the learning rate, or, in float16, try "
     "amp_dtype='bfloat16'.",
 }
 
@@ -92,3 +97,39 @@ def bad_rows(value: Any) -> list[int]:
     if not value.is_floating_point():
         return []
     return torch.where(~value.flatten(1).isfinite().all(1))[0].tolist()
+
+# %% ../../nbs/training/49_finite.ipynb #1f66656d
+class BadLosses:
+    """Counts the losses of a pass that are not finite, and remembers the first."""
+
+    size = 256  # losses to look at together
+
+    def __init__(self) -> None:
+        self.used, self.pending = 0, []
+        self.count: Any = 0  # these become tensors on a device
+        self.first: Any = None
+
+    def add(self, number: int, loss: Tensor) -> None:
+        """Add the loss of a numbered batch, a scalar that the host does not read."""
+        self.used += 1
+        self.pending.append((number, loss))
+        if len(self.pending) == self.size:
+            self.fold()
+
+    def fold(self) -> None:
+        """Count the pending losses where they are."""
+        if not self.pending:
+            return
+        numbers, losses = zip(*self.pending, strict=True)
+        bad = ~torch.stack(losses).isfinite()
+        numbers = torch.tensor(numbers).to(bad.device, non_blocking=True)
+        first = torch.where(bad, numbers, numbers[-1] + 1).min()
+        # Numbers grow: an earlier first is the smaller one, and without a bad one there is none.
+        self.first = first if self.first is None else torch.where(self.count > 0, self.first, first)
+        self.count = self.count + bad.sum()
+        self.pending = []
+
+    def read(self) -> tuple[int, int]:
+        """Return how many were not finite, and the number of the first."""
+        self.fold()
+        return (0, 0) if self.first is None else (int(self.count), int(self.first))

@@ -5,7 +5,12 @@
 # %% ../../nbs/training/47_parts.ipynb #8c6d9fb1
 from __future__ import annotations
 
-from typing import Any
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -26,6 +31,8 @@ from .config import TrainerConfig
 from .hook_checks import check_callbacks
 from .messages import warn
 from .restore import unwrap
+
+_P = ParamSpec("_P")
 
 # %% auto #0
 __all__ = []
@@ -54,6 +61,24 @@ def check_loss(loss_fn: object) -> None:
     if not callable(loss_fn):
         raise TypeError(
             f"loss_fn is of type {type(loss_fn).__name__}; pass a function of (output, target)."
+        )
+
+# %% ../../nbs/training/47_parts.ipynb #200856f6
+TARGETS = {"y_true", "y", "true", "truth", "target", "targets", "label", "labels", "mask", "masks"}
+OUTPUTS = {"y_pred", "y_hat", "pred", "preds", "output", "outputs", "out", "logits", "o"}
+
+
+def check_order(loss_fn: Any) -> None:
+    """Warn if a loss names the target first, as Keras does."""
+    function = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+    try:
+        names = [*inspect.signature(function).parameters][:2]
+    except (TypeError, ValueError):  # written in C
+        return
+    if len(names) == 2 and names[0].lower() in TARGETS and names[1].lower() in OUTPUTS:
+        warn(
+            f"loss_fn takes ({', '.join(names)}), and it is called as loss_fn(output, target). "
+            "Swap its parameters."
         )
 
 # %% ../../nbs/training/47_parts.ipynb #parts-012
@@ -118,6 +143,34 @@ def check_config(config: object) -> None:
         raise TypeError(
             f"config is of type {type(config).__name__}; pass TrainerConfig(epochs=...)."
         )
+
+# %% ../../nbs/training/47_parts.ipynb #5806a67b
+def refuse_settings(owner: str, passed: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise a `TypeError` if a keyword is none of the `known` ones."""
+    unknown = {name: value for name, value in passed.items() if name not in known}
+    names = [field.name for field in fields(TrainerConfig)]
+    if settings := [f"{name}={unknown[name]!r}" for name in unknown if name in names]:
+        raise TypeError(
+            f"{owner} takes its settings as one argument. Pass config=TrainerConfig("
+            f"{', '.join(settings)})."
+        )
+    for name in unknown:
+        close = difflib.get_close_matches(name, [*known, *names], n=1)
+        meant = [f"config=TrainerConfig({x}=...)" if x in names else f"{x}=..." for x in close]
+        hint = f"Did you mean {meant[0]}?" if meant else f"It takes {', '.join(known)}."
+        raise TypeError(f"{owner} has no argument {name!r}. {hint}")
+
+
+def settings_refused(init: Callable[_P, None]) -> Callable[_P, None]:
+    """Return a constructor that says where settings belong that are passed to it."""
+    known = [*inspect.signature(init).parameters][1:]
+
+    @functools.wraps(init)
+    def explained(*args: _P.args, **options: _P.kwargs) -> None:
+        refuse_settings(type(args[0]).__name__, options, known)
+        init(*args, **options)
+
+    return explained
 
 # %% ../../nbs/training/47_parts.ipynb #parts-031
 def reads_all(loader: Any) -> int:
@@ -274,7 +327,7 @@ def check_same_model(ranks: Ranks, exchange: Exchange, model: nn.Module) -> None
             "wrapped the model. All ranks have to change parameters in the same way."
         )
 
-# %% ../../nbs/training/47_parts.ipynb #parts-044
+# %% ../../nbs/training/47_parts.ipynb #c60322ef
 def check_parts(
     model: object,
     optimizer: object,
@@ -297,6 +350,7 @@ def check_parts(
     check_model(model, optimizer)
     assert isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)
     check_loss(loss_fn)
+    check_order(loss_fn)
     check_loader("train_loader", train_loader)
     if val_loader is not None:
         check_loader("val_loader", val_loader)

@@ -61,7 +61,7 @@ def cuda_device(index: int | None) -> torch.device:
         )
     return torch.device("cuda", index)
 
-# %% ../../nbs/training/48_precision.ipynb #precision-016
+# %% ../../nbs/training/48_precision.ipynb #b18bd980
 def resolve_device(name: str | torch.device) -> torch.device:
     """Return the device that `TrainerConfig.device` stands for on this machine.
 
@@ -81,12 +81,13 @@ def resolve_device(name: str | torch.device) -> torch.device:
         raise ValueError(
             f"device={name!r} is not known. Pass 'auto', 'cuda', 'cuda:1', 'cpu' or 'mps'."
         ) from error
-    if device.type != "cuda":
-        return device
-    if torch.cuda.is_available():
+    if device.type == "cuda" and torch.cuda.is_available():
         return cuda_device(device.index)
+    if device.type not in ("cuda", "mps") or device.type == best_device():
+        return device
+    kind = "GPU" if device.type == "cuda" else "MPS device"
     warn(
-        f"PyTorch sees no GPU here, so training is on the CPU instead of {str(name)!r}. "
+        f"PyTorch sees no {kind} here, so training is on the CPU instead of {str(name)!r}. "
         "Pass device='cpu' or device='auto' to silence this warning."
     )
     return torch.device("cpu")

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..ranks import Ranks
 from .batches import MicroBatch, quote_names, sample_names
 from .counting import DeviceTally, SkipCounts, load_counts
-from .finite import HINTS, bad_rows, finite_checks, first_bad
+from .finite import HINTS, bad_rows
+from .finite import finite_checks, first_bad
 from .messages import warn
 from .step import Step, TrainingDiverged
 

@@ -5,6 +5,8 @@
 # %% ../../nbs/training/50_task.ipynb #77db12d2
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import operator
 import re
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 
 from ..distributed import Exchange
 from .ahead import Copies
-from .batches import MicroBatch, prediction, to_device, unpack
+from .batches import MicroBatch, has_prediction, prediction
+from .batches import map_tensors, to_device, unpack
 from .config import TrainerConfig
 from .finite import finite_checks
 from .labels import LabelLook, look_at
@@ -27,6 +30,7 @@ from .messages import add_hint
 from .passes import Passes
 from .precision import precision_for, resolve_device
 from .targets import cast_target, check_labels, check_shapes
+from .targets import labels_outside, quote_labels
 
 # %% auto #0
 __all__ = ['BatchMethods', 'Task']
@@ -56,7 +60,7 @@ class BatchMethods(Protocol):
         """Return what a batch's mean loss is divided by."""
         ...
 
-# %% ../../nbs/training/50_task.ipynb #task-007
+# %% ../../nbs/training/50_task.ipynb #5e253867
 def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception | None:
     """Return an error that says how to fix the input, or None if the input was not the problem."""
     if isinstance(inputs, np.ndarray):
@@ -65,6 +69,12 @@ def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception 
         )
     if channels := re.search(r"to have (\d+) channels, but got (\d+) channels", str(error)):
         takes, has = channels.groups()
+        if isinstance(inputs, Tensor) and inputs.ndim > 3 and inputs.shape[-1] == int(takes):
+            swap = "permute(2, 0, 1)" if inputs.ndim == 4 else "movedim(-1, -3)"
+            return ValueError(
+                f"The images have their channels last, {tuple(inputs.shape)}, and the model takes "
+                f"{takes} channels first ({error}). Move them in the dataset: image.{swap}."
+            )
         return ValueError(
             f"The image has {has} channels and the model takes {takes} ({error}). Build the model "
             f"for {has} channels, or select bands in the dataset."
@@ -126,6 +136,8 @@ class Task:
         self.seen: LabelLook | None = None
         self.checked: tuple[Any, ...] | None = None  # the form of the latest batch that fits
         self.checks_input = True  # False if a skipped step is noticed while its batch is there
+        self.takes_prediction = False  # whether the loss turned out to want no more than that
+        self.at_first: Callable[[Any, Any, MicroBatch], None] | None = None  # called once
 
     @as_default
     def unpack(self, batch: Any) -> tuple[Any, Any]:
@@ -169,7 +181,7 @@ def run_forward(task: Task, batch: MicroBatch) -> tuple[Any, Any]:
         output = call_model(task, inputs)
         check_output(task, output, batch)
         target = cast_target(target, output, task.spec)
-        batch.losses = named_losses(call_loss(task, output, target), task.spec.name)
+        batch.losses = named_losses(call_loss(task, output, target, batch), task.spec.name)
     if batch.is_idle:  # the mean over no samples is NaN
         batch.losses = {name: value.nan_to_num(0.0) for name, value in batch.losses.items()}
     if task.model.training:  # a validation loss is reported as it is
@@ -177,6 +189,9 @@ def run_forward(task: Task, batch: MicroBatch) -> tuple[Any, Any]:
         if task.checks_input:
             parts |= {"input": inputs, "target": target}
         batch.checks = finite_checks(parts)
+        if task.at_first is not None:
+            look, task.at_first = task.at_first, None
+            look(output, target, batch)
     task.copies.start(batch.next)
     return output, target
 
@@ -193,34 +208,116 @@ def call_model(task: Task, inputs: Any) -> Any:
         raise explained from error
 
 # %% ../../nbs/training/50_task.ipynb #bf0922c3
-def call_loss(task: Task, output: Any, target: Any) -> Any:
-    """Return what the loss function returns; add a hint if it cannot take the model's output."""
-    try:
-        return task.loss_fn(output, target)
-    except (TypeError, AttributeError) as error:
-        if isinstance(output, (Mapping, tuple, list)):
-            kind, part = type(output).__name__, '["out"]' if isinstance(output, Mapping) else "[0]"
-            add_hint(
-                error,
-                f"The loss gets the whole output of the model, a {kind}. Write a loss that takes "
-                f"output{part} from it.",
+def container_hint(output: Any) -> str:
+    """Return what to do about a loss that cannot take an output; empty if it is a tensor."""
+    if isinstance(output, Tensor):
+        return ""
+    part = '["out"]' if isinstance(output, Mapping) else "[0]"
+    if not isinstance(output, (Mapping, tuple, list)):
+        part = ".logits" if hasattr(output, "logits") else "'s prediction"
+    return (
+        f"The loss gets the whole output of the model, of type {type(output).__name__}. Write a "
+        f"loss that takes output{part} from it."
+    )
+
+# %% ../../nbs/training/50_task.ipynb #1fc35c66
+def stray_hint(task: Task, output: Any, target: Any) -> str:
+    """Return what to do about labels that are no class, for a loss that uses them as an index."""
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor) and output.ndim > 1):
+        return ""
+    classes = max(2, output.shape[1])
+    if target.is_floating_point() or not (found := labels_outside(target, classes, None)):
+        return ""
+    name, ignored = task.spec.name, task.ignore_index
+    if ignored in found:
+        return (
+            f"The target has the label {ignored}, which means no data by "
+            f"TrainerConfig(ignore_index={ignored}), and the loss {name} does not leave it out. "
+            f"Pass one that does, such as nn.CrossEntropyLoss(ignore_index={ignored}), or let it "
+            f"see valid pixels only."
+        )
+    return (
+        f"The target has labels outside the model's {classes} classes 0..{classes - 1}: "
+        f"{quote_labels(found)}, and the loss {name} takes them for classes. Correct them, or pass "
+        "a loss that leaves them out."
+    )
+
+# %% ../../nbs/training/50_task.ipynb #86998755
+def swap_hint(loss_fn: Any, output: Any, target: Any) -> str:
+    """Return what to do about a loss that works only if it gets the target first."""
+    with contextlib.suppress(Exception), torch.no_grad():
+        if isinstance(loss_fn(target, prediction(output)), Tensor):
+            return (
+                "It is called as loss_fn(output, target), and this one seems to take the target "
+                "first. Swap its parameters."
             )
+    return ""
+
+
+INDEX_ERROR = re.compile("out of (bounds|range)|device-side assert|Class values must")
+
+
+def loss_hint(task: Task, error: Exception, output: Any, target: Any) -> str:
+    """Return what to do about an error of the loss, as far as output and target show it."""
+    if INDEX_ERROR.search(str(error)):
+        return stray_hint(task, prediction(output), target)
+    if isinstance(error, torch.OutOfMemoryError):
+        return ""
+    return container_hint(output) or swap_hint(task.loss_fn, output, target)
+
+# %% ../../nbs/training/50_task.ipynb #5b658c70
+def call_loss(task: Task, output: Any, target: Any, batch: MicroBatch) -> Any:
+    """Return what the loss function returns; add a hint if it raises."""
+    given = prediction(output) if task.takes_prediction else output
+    try:
+        return task.loss_fn(given, target)
+    except Exception as error:
+        if has_logits(given):
+            with contextlib.suppress(Exception):
+                loss = task.loss_fn(prediction(given), target)
+                task.takes_prediction = True
+                return loss
+        add_hint(error, loss_hint(task, error, given, batch.target))
         raise
 
 
+def has_logits(output: Any) -> bool:
+    """Return whether an output is no tensor, and has its prediction under the name `logits`."""
+    if isinstance(output, Mapping):
+        return "logits" in output and "out" not in output
+    return isinstance(getattr(output, "logits", None), Tensor)
+
+# %% ../../nbs/training/50_task.ipynb #409d1f84
+def host_error(loss_fn: Any, output: Any, target: Tensor) -> Exception | None:
+    """Return what a loss raises in host memory, or None."""
+    try:
+        loss = copy.deepcopy(loss_fn)
+        loss = loss.cpu() if isinstance(loss, nn.Module) else loss
+        with torch.no_grad():
+            loss(map_tensors(lambda tensor: tensor.detach().float().cpu(), output), target)
+    except Exception as error:
+        return error
+    return None
+
+
+def try_on_host(task: Task, output: Any, target: Any) -> None:
+    """Raise a `ValueError` if a loss would take a label that is no class as an index on a GPU."""
+    if task.device.type == "cpu" or task.spec.takes_labels or not has_prediction(output):
+        return
+    if not (isinstance(target, Tensor) and target.is_cpu):
+        return
+    if hint := stray_hint(task, prediction(output), target):
+        error = host_error(task.loss_fn, output, target)
+        if error is not None and INDEX_ERROR.search(str(error)):
+            raise ValueError(hint) from error
+
+# %% ../../nbs/training/50_task.ipynb #68452d04
 def form_of(output: Any, target: Any) -> tuple[Any, ...] | None:
     """Return shapes and dtype of an output and a target; None unless both are tensors."""
     are_tensors = isinstance(output, Tensor) and isinstance(target, Tensor)
     return (output.shape, target.shape, target.dtype) if are_tensors else None
 
 
-def has_no_prediction(output: Any) -> bool:
-    """Return whether the output is a dictionary without `out`, which has nothing to score."""
-    if isinstance(output, Tensor):  # nearly always, and quicker to find out
-        return False
-    return isinstance(output, Mapping) and "out" not in output
-
-# %% ../../nbs/training/50_task.ipynb #task-n025
 def check_output(task: Task, output: Any, batch: MicroBatch) -> None:
     """Raise a `ValueError` if the output does not fit the batch's target or the settings."""
     if isinstance(target := batch.target, np.ndarray):
@@ -231,12 +328,20 @@ def check_output(task: Task, output: Any, batch: MicroBatch) -> None:
     form = form_of(output, target)
     if form is None or form != task.checked:  # the next batch is usually of the same form
         check_shapes(output, target, spec)
+        try_on_host(task, output, target)
         task.checked = form
-    if not spec.takes_labels or has_no_prediction(output):
+    if not spec.takes_labels or not has_prediction(output):
         return
-    classes = prediction(output).shape[1] if spec.wants_classes else 2
+    if not isinstance(shown := prediction(output), Tensor):
+        return  # the loss says so
+    classes = shown.shape[1] if spec.wants_classes else 2
     if spec.wants_classes and names is not None and len(names) != classes:
         raise ValueError(
             f"The model has {classes} classes, and the length of class_names is {len(names)}."
         )
-    check_labels(target, classes, task.ignore_index, spec.ignore_hint, batch.labels)
+    try:
+        check_labels(target, classes, task.ignore_index, spec.ignore_hint, batch.labels, batch.raw)
+    except ValueError as error:
+        if task.model.training:  # the validation adds which batch of its loader it was
+            add_hint(error, f"This is batch index {batch.number} of train_loader.")
+        raise

@@ -20,6 +20,7 @@ from .config import TrainerConfig
 from .hooks import Display, Hooks
 from .loop import Loop
 from .messages import warn, whole_number
+from .parts import settings_refused
 from .predicting import predict_task
 from .profile import Profile, profile
 from .progress import default_display, find_dashboard
@@ -84,7 +85,7 @@ class Trainer(RunFacts):
     ----------
     model
         Any module. Its input is `(N, ...)`. To be scored it returns `(N, C, ...)`, a dictionary
-        with `out`, or a tuple whose first element is the prediction.
+        with `out`, an object with `logits`, or a tuple that begins with the prediction.
     optimizer
         Built from the model's parameters.
     loss_fn
@@ -106,6 +107,7 @@ class Trainer(RunFacts):
 
     loop_class: type[Loop] = Loop
 
+    @settings_refused
     def __init__(
         self,
         model: nn.Module,
@@ -204,10 +206,7 @@ class Trainer(RunFacts):
         return predict_with(self, loader, output, out=out)
 
     def check(self) -> Problems:
-        """Take one batch forward and backward, print a report, and change nothing.
-
-        Returns a list with a sentence for each problem, and raises what `fit` would raise.
-        """
+        """Try one batch and change nothing: print a report, return the problems, raise as `fit`."""
         return check(self.run, self.loop_class)
 
     def profile(
