@@ -47,13 +47,15 @@ def click(front, i, text):
 def returned(front, i):
     """Wait for the end of the i-th cell's fit; return when that was, and the rest of the line."""
 
-    def find():
-        return re.search(r"returned ([\d.]+) (.+)", front.output(i).inner_text())
+    found = []
 
-    # A page shows output in pieces, so the line is waited for whole.
+    def find():
+        found.append(re.search(r"returned ([\d.]+) (.+)", front.output(i).inner_text()))
+        return found[-1]
+
+    # A page shows output in pieces, so the line is waited for whole; and it may draw it once more.
     front.wait(find, f"the fit of cell {i} returned")
-    found = find()
-    return float(found[1]), found[2]
+    return float(found[-1][1]), found[-1][2]
 
 
 @pytest.fixture
