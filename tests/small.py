@@ -217,6 +217,17 @@ def wait_for(true):
 # Comparisons.
 
 
+class NamedOutput(nn.Module):
+    """A small network whose output is a dictionary in which nothing is named as a prediction."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x):
+        return {"scores": self.net(x)}
+
+
 def vector(model):
     return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 

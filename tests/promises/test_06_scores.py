@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from small import make_batches, make_trainer, small_net
+from small import NamedOutput, make_batches, make_trainer, small_net
 from ununennium import Callback, ConfusionMatrix, TrainingWarning
 
 
@@ -75,18 +75,10 @@ def test_two_tables_keep_their_scores_apart():
 
 
 def test_an_output_without_out_is_trained_and_not_scored():
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = small_net()
-
-        def forward(self, x):
-            return {"scores": self.net(x)}
-
     loss = lambda output, target: nn.functional.cross_entropy(
         output["scores"], target, ignore_index=255
     )
-    settings = {"val": make_batches(2), "model": Named(), "loss": loss, "ignore_index": 255}
+    settings = {"val": make_batches(2), "model": NamedOutput(), "loss": loss, "ignore_index": 255}
     assert "val_loss" in make_trainer(metrics={}, **settings).fit(1)
     with pytest.raises(ValueError, match="Name the prediction 'out'"):
         make_trainer(**settings).fit(1)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from device import on_device
 from processes import on_ranks
-from small import make_batches, make_trainer, same_state, small_net
+from small import NamedOutput, make_batches, make_trainer, same_state, small_net
 from ununennium import (
     Callback,
     MaskedLoss,
@@ -348,18 +348,10 @@ def test_what_is_no_loader_is_told(loader, message):
 
 
 def test_a_dictionary_without_a_prediction_is_told():
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = small_net()
-
-        def forward(self, x):
-            return {"scores": self.net(x)}
-
     with pytest.raises(
         ValueError, match=r"without 'out'.*\n.*override Trainer.run_model to return"
     ):
-        predict(Named(), LOADER, config=CPU)
+        predict(NamedOutput(), LOADER, config=CPU)
 
 
 def test_an_old_hook_may_take_several_inputs():
