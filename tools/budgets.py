@@ -170,7 +170,7 @@ BUDGETS = (
         lambda tree: largest(cell for cell in tree.cells if not is_named(cell)),
     ),
     Budget(
-        f"… of {', '.join(MAY_BE_LONG)}", 200,
+        f"… of {', '.join(MAY_BE_LONG)}", 180,
         lambda tree: largest(cell for cell in tree.cells if is_named(cell)),
     ),
     Budget("… median", 14, lambda tree: median(cell.value for cell in tree.cells)),
@@ -180,7 +180,7 @@ BUDGETS = (
         lambda tree: largest(Found(c.in_a_row, c.name) for c in tree.modules),
     ),
     Budget("exported lines for a line of prose", 4, prose_ratio),
-    Budget("public names in all modules", 80, lambda tree: Found(len(tree.names), "")),
+    Budget("public names in all modules", 70, lambda tree: Found(len(tree.names), "")),
     Budget("words in the README", 700, lambda tree: Found(tree.readme_words, "")),
     Budget(
         "lines of prose above 100 columns", 0,
