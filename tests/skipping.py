@@ -39,6 +39,7 @@ def plain_count(windows, outcomes):
             first = bad[0] if bad else (window[0].number, "gradient")
     return {
         "count": outcomes.count(False), "first": first, "in_a_row": run, "longest": longest,
+        "taken": outcomes.count(True),
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import time
 import warnings
@@ -167,7 +168,9 @@ def epochs_in(path):
     return trainer.epoch
 
 
-def test_a_full_disk_is_reported_once_and_the_last_good_file_is_intact(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_again_and_the_last_good_file_is_intact(
+    tmp_path, monkeypatch
+):
     keep = CheckpointCallback(tmp_path, "train_loss", every_n_steps=1)
     trainer = make_trainer(make_batches(4), callbacks=[keep])
     trainer.fit(1)
@@ -181,14 +184,18 @@ def test_a_full_disk_is_reported_once_and_the_last_good_file_is_intact(tmp_path,
     monkeypatch.setattr(torch, "save", full)
     with pytest.warns(UserWarning, match="No space left") as caught:
         trainer.fit(2)
-    during, final = [str(w.message) for w in caught if "checkpoint" in str(w.message)]
+    during, *later, final = [str(w.message) for w in caught if "checkpoint" in str(w.message)]
     assert during.startswith("There is no checkpoint after step") and "continues" in during
+    counts = [int(re.search(r"failure (\d+) in a row", text).group(1)) for text in later]
+    assert counts == [2, 4, 8] and all("No space left" in text for text in later)
     assert final.startswith("The final checkpoint, after epoch 3, could not be written.")
+    (problem,) = trainer.problems
+    assert problem.startswith(f"Nothing was saved to {tmp_path} since the checkpoint after")
     assert trainer.epoch == 3 and (tmp_path / "last.pt").read_bytes() == good
     assert not list(tmp_path.glob(".*.tmp"))
     monkeypatch.setattr(torch, "save", save)
     trainer.fit(1)
-    assert epochs_in(tmp_path / "last.pt") == 4
+    assert epochs_in(tmp_path / "last.pt") == 4 and not trainer.problems
 
 
 def test_a_folder_that_is_deleted_in_mid_run_is_created_again(tmp_path):

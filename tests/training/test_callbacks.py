@@ -238,7 +238,8 @@ def test_a_final_save_that_fails_says_what_to_do(tmp_path, monkeypatch):
 def test_a_final_failure_is_reported_although_an_earlier_one_was(tmp_path, monkeypatch):
     keep = CheckpointCallback(tmp_path, "train_loss")
     trainer = make_trainer(callbacks=[FullFrom(1, monkeypatch), keep])
-    first, last = warnings_of(trainer, 4)
+    first, second, last = warnings_of(trainer, 4)
+    assert "This is failure 2 in a row." in second
     assert first.startswith("There is no checkpoint after epoch 1; training continues and tries")
     assert last.startswith("The final checkpoint, after epoch 4, could not be written.")
 

@@ -83,5 +83,5 @@ def test_windows_without_a_valid_pixel_are_neither_taken_nor_skipped():
         stepped, empty = torch.tensor(outcome == "."), torch.tensor(outcome == "e")
         tally.add([make_batch(number)], stepped, empty)
     counts, late = tally.read()
-    assert counts == SkipCounts(3, (2, "gradient"), in_a_row=2, longest=2)
+    assert counts == SkipCounts(3, (2, "gradient"), in_a_row=2, longest=2, taken=2)
     assert late == 7 and before == 1

@@ -4,6 +4,7 @@ import math
 import warnings
 
 import pytest
+import torch
 
 from small import make_trainer
 from ununennium import CheckpointCallback, CheckpointError
@@ -60,7 +61,55 @@ def test_a_copy_that_fails_leaves_last_where_it_is(tmp_path, monkeypatch):
     trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss")])
     with pytest.warns(UserWarning, match="The best models lack the one after epoch 1") as caught:
         trainer.fit(3)
-    assert len(caught) == 1
+    assert len(caught) == 2 and "This is failure 2 in a row." in str(caught[1].message)
+    (problem,) = trainer.problems
+    assert problem.startswith(f"The best models in {tmp_path} lack the one after epoch 3:")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
     assert load_file(tmp_path / "last.pt")["progress"]["epoch"] == 3
     assert trainer.callbacks[0].best_path is None
+
+
+def test_a_night_with_a_full_disk_does_not_end_as_if_all_were_well(tmp_path, monkeypatch, capsys):
+    """One warning in epoch 1 was the only sign, and the folder was empty in the morning."""
+
+    def full(content, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    keep = CheckpointCallback(tmp_path, "train_loss")
+    trainer = make_trainer(callbacks=[keep], progress="text")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(6)
+    assert len(caught) == 4  # after 1, 2 and 4 failures, and at the end
+    (problem,) = trainer.problems
+    assert problem == (
+        f"Nothing was saved to {tmp_path}: all 6 saves failed. The checkpoint {tmp_path}/last.pt "
+        "could not be written: [Errno 28] No space left on device."
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == problem == keep.problem
+
+
+def test_a_problem_is_over_when_a_save_succeeds(tmp_path, monkeypatch):
+    def full(content, file):
+        raise OSError(28, "No space left on device")
+
+    trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss")])
+    trainer.fit(2)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match="The final checkpoint"):
+        trainer.fit(1)
+    (problem,) = trainer.problems
+    assert problem.startswith(f"Nothing was saved to {tmp_path} since the checkpoint after epoch 2")
+    monkeypatch.undo()
+    trainer.fit(1)
+    assert not trainer.problems
+
+
+def test_what_was_moved_aside_is_told_with_a_line_of_the_user(tmp_path):
+    """The thread that writes renamed the file, and the warning named a line of that thread."""
+    make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss")]).fit(1)
+    trainer = make_trainer(callbacks=[CheckpointCallback(tmp_path, "train_loss")])
+    with pytest.warns(UserWarning, match=r"of an earlier run was moved to last-old1\.pt") as caught:
+        trainer.fit(1)
+    assert caught[0].filename == __file__

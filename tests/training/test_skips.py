@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from skipping import make_batch, plain_count, runs
 
 from small import HostReads
 from ununennium import TrainingDiverged
-from ununennium.training.counting import DeviceTally
+from ununennium.training.counting import DeviceTally, SkipCounts
 from ununennium.training.messages import TrainingWarning
 from ununennium.training.skips import (
     DivergenceTrail,
@@ -70,8 +71,8 @@ def test_host_device_and_readings_mix(run, ways):
         note(skips, window, stepped if way == "host" else torch.tensor(stepped))
         on_device += way != "host" and not stepped
     expected, found = plain_count(windows, outcomes), skips.state_dict()
-    assert list(found) == ["count", "first", "in_a_row", "longest"]
-    assert {**found, "longest": 0} == {**expected, "longest": 0}
+    assert list(found) == ["count", "first", "in_a_row", "longest", "taken", "idle"]
+    assert {**found, "longest": 0} == {**expected, "longest": 0, "idle": 0}
     assert skips.uncounted() == on_device
 
 
@@ -93,7 +94,7 @@ def test_nothing_is_read_until_it_is_asked_for():
 def test_an_empty_window_is_no_step():
     skips = SkippedSteps(limit=1)
     skips.note(Step([]), 0, 0)
-    assert skips.state_dict() == {"count": 0, "first": None, "in_a_row": 0, "longest": 0}
+    assert skips.state_dict() == asdict(SkipCounts())
     assert not skips.trail.steps
 
 
@@ -119,7 +120,7 @@ def test_a_resumed_count_continues_and_corrects_only_what_is_new(decide):
 def test_a_loaded_count_replaces_what_was_pending():
     skips = SkippedSteps(limit=9)
     note(skips, [make_batch(3)], torch.tensor(False))
-    state = {"count": 1, "first": [2, "input"], "in_a_row": 0, "longest": 1}
+    state = asdict(SkipCounts(1, [2, "input"], in_a_row=0, longest=1, taken=4, idle=1))
     skips.load_state_dict(state)
     assert skips.state_dict() == state | {"first": (2, "input")} and skips.uncounted() == 0
 
@@ -139,9 +140,7 @@ def test_the_host_gives_up_at_once():
     with pytest.raises(TrainingDiverged, match=message):
         note(skips, [make_batch(8)], False, epoch=4)
     note(skips, [make_batch(9)], False)  # a later fit starts afresh
-    assert skips.state_dict() == {
-        "count": 6, "first": (7, "input"), "in_a_row": 1, "longest": 1,
-    }  # fmt: skip
+    assert skips.state_dict() == asdict(SkipCounts(6, (7, "input"), 1, 1, taken=1))
 
 
 def test_the_device_is_checked_every_ten_seconds_and_at_the_end(monkeypatch):
@@ -166,7 +165,7 @@ def test_a_run_of_skips_crosses_epochs(decide):
         note(skips, [make_batch(1)], decide(False))
     with pytest.warns(TrainingWarning, match="Epoch 1: 2 steps were skipped"):
         assert skips.close_epoch(0) == 2
-    assert skips.state_dict() == {"count": 0, "first": None, "in_a_row": 2, "longest": 2}
+    assert skips.state_dict() == asdict(SkipCounts(in_a_row=2, longest=2, idle=1))
 
     def rest():
         for _ in range(2):
@@ -341,3 +340,58 @@ def test_a_short_or_falling_trail_has_no_story(losses):
 def test_growth_is_found_where_it_began(steady, grown):
     usual, count = growth_of([1.0] * (steady + grown) + [5.0] * grown)
     assert (usual, count) == (1.0, grown)
+
+
+# Epochs without a step.
+
+
+@pytest.mark.parametrize("decide", [bool, torch.tensor])
+def test_a_small_data_set_of_bad_steps_does_not_run_for_all_its_epochs(decide):
+    """The limit counts steps, and two per epoch never reached it: all epochs learned nothing."""
+    skips = SkippedSteps(limit=25)
+    for epoch in range(2):
+        note(skips, [make_batch(0, input=math.nan)], decide(False), epoch)
+        if epoch == 0:
+            with pytest.warns(TrainingWarning, match="No step was taken, so nothing was learned"):
+                skips.close_epoch(epoch)
+    with pytest.raises(
+        TrainingDiverged, match="^Epochs 1 and 2 took no step. Epoch 2: 1 "
+    ):
+        skips.close_epoch(1)
+    with warnings.catch_warnings(record=True):  # a later fit has a chance again
+        warnings.simplefilter("always")
+        skips.close_epoch(1)
+
+
+@pytest.mark.parametrize("decide", [bool, torch.tensor])
+def test_one_step_between_two_idle_epochs_is_enough(decide):
+    skips = SkippedSteps(limit=25)
+    for epoch, outcomes in enumerate([(False,), (False, True, False), (False,)]):
+        for number, stepped in enumerate(outcomes):
+            note(skips, [make_batch(number)], decide(stepped), epoch)
+        with pytest.warns(TrainingWarning) as caught:
+            skips.close_epoch(epoch)
+        (message,) = [str(warning.message) for warning in caught]
+        assert ("No step was taken" in message) == (epoch != 1)
+
+
+def test_a_resumed_epoch_remembers_its_steps_and_an_old_file_is_given_the_benefit():
+    for state, is_idle in (
+        (asdict(SkipCounts(1, (0, "input"), 0, 1, taken=3)), False),
+        (asdict(SkipCounts(1, (0, "input"), 1, 1)), True),
+        ({"count": 1, "first": [0, "input"], "in_a_row": 1, "longest": 1}, False),
+    ):
+        skips = SkippedSteps(limit=25)
+        skips.load_state_dict(state)
+        with pytest.warns(TrainingWarning) as caught:
+            skips.close_epoch(0)
+        assert ("No step was taken" in str(caught[0].message)) == is_idle
+
+
+def test_a_scale_that_is_still_being_found_is_no_idle_epoch():
+    skips = SkippedSteps(limit=25)
+    for epoch in range(4):
+        note(skips, [make_batch(0)], False, epoch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert skips.close_epoch(epoch, scaled=True) == 1

@@ -182,6 +182,11 @@ class CheckpointCallback(Callback):
         """The best model's score, or None if none was kept."""
         return self.files.own.best[0]
 
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the files, in a sentence; None if nothing is."""
+        return self.files.failures.problem
+
     def on_train_start(self, trainer: RunView) -> None:
         """Check before the first step that the score can exist and that the folder is writable."""
         self.ends_unsaved = True

@@ -33,30 +33,49 @@ class SkipCounts:
         Skipped steps since the last one that was taken, across epochs.
     longest
         The length of the run that is compared with the limit.
+    taken, idle
+        Steps taken in this epoch, and how many epochs in a row have taken none.
     """
 
     count: int = 0
     first: tuple[int, str] | None = None
     in_a_row: int = 0
     longest: int = 0
+    taken: int = 0
+    idle: int = 0
+
+    def open_epoch(self) -> None:
+        """Start the counts of an epoch; what counts across epochs continues."""
+        self.count, self.first, self.taken = 0, None, 0
 
     def add(self, stepped: bool) -> None:
         """Count one step."""
+        self.taken += stepped
         self.in_a_row = 0 if stepped else self.in_a_row + 1
         if not stepped:
             self.count += 1
             self.longest = self.in_a_row  # earlier runs have been compared with the limit
 
+    def end_epoch(self, is_told: bool) -> bool:
+        """Return whether this is the second epoch in a row that took no step and `is_told`."""
+        self.idle = self.idle + 1 if is_told and not self.taken else 0
+        if self.idle < 2:
+            return False
+        self.idle = 0  # a later fit gets a fair chance
+        return True
+
     def plus(self, later: SkipCounts) -> SkipCounts:
         """Return the counts with those of later steps."""
         longest = max(self.longest, later.longest)
-        first = self.first or later.first
-        return SkipCounts(self.count + later.count, first, later.in_a_row, longest)
+        first, taken = self.first or later.first, self.taken + later.taken
+        count = self.count + later.count
+        return SkipCounts(count, first, later.in_a_row, longest, taken, self.idle)
 
 
 def load_counts(state: Mapping[str, Any]) -> SkipCounts:
-    """Return the counts that a checkpoint kept."""
+    """Return the counts that a checkpoint kept; one of an older version has fewer."""
     first = state["first"] and tuple(state["first"])
+    state = {"taken": 1} | dict(state)
     return SkipCounts(first=first, **{name: int(state[name]) for name in state if name != "first"})
 
 # %% ../../nbs/training/56_counting.ipynb #skips-n020
@@ -125,7 +144,7 @@ class DeviceTally:
 
     def __init__(self, in_a_row: int = 0) -> None:
         self.in_a_row: int | Tensor = in_a_row
-        self.count = self.longest = self.late = 0  # these, too, become tensors
+        self.count = self.longest = self.late = self.taken = 0  # these, too, become tensors
         self.numbers: list[list[int]] = []  # of the batches of each step
         self.codes: list[Tensor] = []
         self.skipped: list[tuple[int, str]] = []  # once they were read
@@ -154,6 +173,7 @@ class DeviceTally:
         self.in_a_row = runs[-1]
         self.count = self.count + (~fine).sum()
         self.late = self.late + (~stepped).sum()
+        self.taken = self.taken + stepped.sum()
         self.numbers += numbers
         self.codes.append(skip_codes(numbers, finite, ~fine))
         self.pending.clear()
@@ -164,8 +184,10 @@ class DeviceTally:
             self.fold()
         if not self.codes:
             return SkipCounts(in_a_row=int(self.in_a_row)), 0
-        numbers = [torch.as_tensor(x) for x in (self.count, self.in_a_row, self.longest, self.late)]
-        found = torch.cat([torch.stack(numbers), *self.codes]).cpu().numpy().tolist()
-        count, in_a_row, longest, late, *codes = found
+        sums = self.count, self.in_a_row, self.longest, self.taken, self.late
+        numbers = torch.stack([torch.as_tensor(value) for value in sums])
+        found = torch.cat([numbers, *self.codes]).cpu().numpy().tolist()
+        count, in_a_row, longest, taken, late, *codes = found
         self.skipped = skips_in(self.numbers, codes) if count else []
-        return SkipCounts(count, next(iter(self.skipped), None), in_a_row, longest), late
+        first = next(iter(self.skipped), None)
+        return SkipCounts(count, first, in_a_row, longest, taken), late

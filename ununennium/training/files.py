@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,13 @@ def model_path(folder: Path, epoch: int, monitor: str, score: float) -> Path:
     return free_path(folder / f"epoch={epoch + 1:03d}-{monitor.replace('/', '_')}={score:.4f}.pt")
 
 
-def move_aside(path: Path) -> None:
-    """Rename a file of an earlier run, with a warning."""
-    if path.exists():
-        aside = free_path(path, "old")
-        path.rename(aside)
-        warn(f"{path} of an earlier run was moved to {aside.name}.")
+def move_aside(path: Path) -> list[str]:
+    """Rename a file of an earlier run, and return a sentence about it if there was one."""
+    if not path.exists():
+        return []
+    aside = free_path(path, "old")
+    path.rename(aside)
+    return [f"{path} of an earlier run was moved to {aside.name}."]
 
 # %% ../../nbs/training/28_files.ipynb #files-016
 def prepare_folder(folder: Path) -> None:
@@ -116,12 +117,12 @@ class PendingSave:
     after: OwnFiles
     is_final: bool = False
     is_written: bool = False  # last.pt is in position; only its copies may be missing
+    moved: list[str] = field(default_factory=list)  # sentences, told once the save has ended
 
     def begin(self, last: Path) -> None:
         """Move files of an earlier run out of the way."""
         if not self.before.owns_last:
-            move_aside(last)
-            move_aside(last.with_name("previous.pt"))
+            self.moved += move_aside(last) + move_aside(last.with_name("previous.pt"))
 
     def finish(self, last: Path) -> None:
         """Copy `last.pt` to the new names, and delete what is no longer kept."""
@@ -131,8 +132,8 @@ class PendingSave:
         for name in self.before.names - self.after.names:
             last.with_name(name).unlink(missing_ok=True)
 
-    def failure(self, error: Exception) -> str:
-        """Return the warning for a failure: what is missing, and what to do."""
+    def failure(self, error: Exception, count: int = 1) -> str:
+        """Return the warning for the last of `count` failures in a row: what is missing."""
         if isinstance(error, RankMissing):
             return f"There is no checkpoint {self.when}. {error}"
         if self.is_written and self.is_final:
@@ -146,15 +147,48 @@ class PendingSave:
             )
         else:
             text = f"There is no checkpoint {self.when}; training continues and tries again later."
-        return f"{text} {error}"
+        return f"{text}{f' This is failure {count} in a row.' if count > 1 else ''} {error}"
 
 # %% ../../nbs/training/28_files.ipynb #files-022
+@dataclass
+class Failures:
+    """The failed saves of a run since the last one that succeeded."""
+
+    folder: Path
+    count: int = 0
+    saved: str = ""  # when the last save succeeded: "after epoch 3"
+    problem: str | None = None  # in a sentence
+
+    def end(self, pending: PendingSave) -> None:
+        """Note a save that succeeded."""
+        self.count, self.saved, self.problem = 0, pending.when, None
+
+    def add(self, pending: PendingSave, error: Exception) -> None:
+        """Note a save that failed; warn of the 1st, 2nd, 4th, ... in a row, and of the last."""
+        self.count += 1
+        is_last = pending.is_final and not pending.is_written
+        if self.count & (self.count - 1) == 0 or is_last:
+            warn(pending.failure(error, self.count))
+        reason = str(error).partition(". ")[0].rstrip(".")
+        if pending.is_written:
+            self.problem = (
+                f"The best models in {self.folder} lack the one {pending.when}: {reason}."
+            )
+            return
+        saves = f"all {self.count} saves" if self.count > 1 else "the only save"
+        since = ""
+        if self.saved:
+            since = f" since the checkpoint {self.saved}"
+            saves = f"{self.count} saves" if self.count > 1 else "1 save"
+        self.problem = f"Nothing was saved to {self.folder}{since}: {saves} failed. {reason}."
+
+# %% ../../nbs/training/28_files.ipynb #477b8e81
 class CheckpointFiles:
     """Writes the checkpoint files of one run, one at a time, and knows which are its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.own, self.warned = OwnFiles([]), False
+        self.own, self.failures = OwnFiles([]), Failures(folder)
         self.position: tuple[int, int, int] | None = None  # of the last save, unless it failed
         self.saved_step, self.saved_at, self.windows = 0, 0.0, 0  # windows: since the last save
         self.saving: tuple[Future[Path], PendingSave] | None = None
@@ -162,7 +196,7 @@ class CheckpointFiles:
     def start(self, trainer: RunView) -> None:
         """Prepare the folder for a `fit`; a new run owns nothing there."""
         if is_fresh(trainer):
-            self.own, self.warned = OwnFiles([]), False
+            self.own, self.failures = OwnFiles([]), Failures(self.folder)
         if trainer.is_main:
             prepare_folder(self.folder)
         self.note_position(trainer)
@@ -201,16 +235,16 @@ class CheckpointFiles:
         (saving, pending), self.saving = self.saving, None
         try:
             saving.result()
-            self.warned = False
+            self.failures.end(pending)
         except (CheckpointError, OSError) as error:
             pending.is_final |= is_final
             self.give_up(pending, error)
+        for text in pending.moved:
+            warn(text)
 
     def give_up(self, pending: PendingSave, error: Exception) -> None:
-        """Restore the list of files after a failed save, and warn: once, or if it was the last."""
+        """Restore the list of files after a failed save, and note the failure."""
         self.own = replace(pending.before, owns_last=pending.before.owns_last or pending.is_written)
         if not pending.is_written:
             self.position = None  # try again at the end of the run
-        if not self.warned or (pending.is_final and not pending.is_written):
-            warn(pending.failure(error))
-        self.warned = True
+        self.failures.add(pending, error)

@@ -114,6 +114,11 @@ class RunStatus(Protocol):
         ...
 
     @property
+    def problems(self) -> list[str]:
+        """What callbacks say is wrong, such as checkpoints that could not be written."""
+        ...
+
+    @property
     def is_main(self) -> bool:
         """Whether this process is rank 0, which alone writes and prints."""
         ...

@@ -147,8 +147,8 @@ class TextProgress(Display):
         self.announce("  ".join(filter(None, (epoch_line(trainer, epoch, logs), time))))
 
     def on_train_end(self, trainer: RunView) -> None:
-        """Write why the run stopped before its goal."""
-        if line := stop_line(trainer):
+        """Write why the run stopped before its goal, and what else one should know."""
+        for line in filter(None, [stop_line(trainer), *trainer.problems]):
             self.announce(line)
 
 # %% ../../nbs/training/32_progress.ipynb #progress-027

@@ -345,6 +345,12 @@ class RunFacts:
         self.run.progress.stop_reason = reason if stop else None
 
     @property
+    def problems(self) -> list[str]:
+        """What callbacks say is wrong, such as checkpoints that could not be written."""
+        found = (getattr(callback, "problem", None) for callback in self.run.callbacks)
+        return [text for text in found if isinstance(text, str)]
+
+    @property
     def is_main(self) -> bool:
         """Whether this process is rank 0, which alone writes and prints."""
         return self.run.lockstep.ranks.is_main

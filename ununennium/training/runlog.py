@@ -337,8 +337,9 @@ def peak_memory(device: torch.device) -> int | None:
 
 # %% ../../nbs/training/82_runlog.ipynb #runlog-063
 def read_facts(log: RunLog, trainer: RunView) -> None:
-    """Note the peak of memory, and mark the latest epoch if its model is the best so far."""
+    """Note memory and problems, and mark the latest epoch if its model is the best so far."""
     log.memory = peak_memory(trainer.device)
+    log.note = " ".join(trainer.problems) or log.note
     savers = (each for each in trainer.callbacks if isinstance(each, CheckpointCallback))
     best = next((saver.best_score for saver in savers), None)
     if best is not None and best != log.best:

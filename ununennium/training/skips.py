@@ -115,7 +115,7 @@ class StepTally:
 
     def open_epoch(self) -> None:
         """Start the counts of an epoch; a run of skipped steps continues."""
-        self.counts.count, self.counts.first = 0, None
+        self.counts.open_epoch()
         self.late = 0  # steps of this epoch that the loop has counted and that were not taken
         self.device: DeviceTally | None = None
         self.skipped: list[tuple[int, str]] = []  # numbers of batches, and culprits
@@ -235,6 +235,17 @@ def epoch_message(
     return " ".join([*parts, others_message(abnormal, count)]).rstrip()
 
 # %% ../../nbs/training/57_skips.ipynb #035e6614
+def tell(counts: SkipCounts, epoch: int, message: str) -> None:
+    """Warn at the end of an epoch, or raise if it is the second in a row without a step."""
+    if counts.end_epoch(bool(message)):
+        raise TrainingDiverged(f"Epochs {epoch} and {epoch + 1} took no step. {message}")
+    if message:
+        warn(message + (IDLE_NOTE if counts.idle else ""))
+
+
+IDLE_NOTE = " No step was taken, so nothing was learned. Another such epoch ends the training."
+
+# %% ../../nbs/training/57_skips.ipynb #8904f6c1
 class SkippedSteps:
     """Counts skipped steps, warns about them, and gives up after too many in a row.
 
@@ -273,8 +284,7 @@ class SkippedSteps:
         """Return how many steps the epoch skipped; warn, unless a `scaled` loss explains them."""
         self.raise_if_stuck(epoch)
         told = self.told() if (count := self.tally.read().count) else []
-        if message := epoch_message(epoch, told, count, scaled, self.trail):
-            warn(message)
+        tell(self.tally.counts, epoch, epoch_message(epoch, told, count, scaled, self.trail))
         self.open_epoch()
         return count
 
