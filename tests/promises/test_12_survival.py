@@ -168,9 +168,7 @@ def epochs_in(path):
     return trainer.epoch
 
 
-def test_a_full_disk_is_told_again_and_the_last_good_file_is_intact(
-    tmp_path, monkeypatch
-):
+def test_a_full_disk_is_told_again_and_the_last_good_file_is_intact(tmp_path, monkeypatch):
     keep = CheckpointCallback(tmp_path, "train_loss", every_n_steps=1)
     trainer = make_trainer(make_batches(4), callbacks=[keep])
     trainer.fit(1)

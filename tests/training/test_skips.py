@@ -354,9 +354,7 @@ def test_a_small_data_set_of_bad_steps_does_not_run_for_all_its_epochs(decide):
         if epoch == 0:
             with pytest.warns(TrainingWarning, match="No step was taken, so nothing was learned"):
                 skips.close_epoch(epoch)
-    with pytest.raises(
-        TrainingDiverged, match="^Epochs 1 and 2 took no step. Epoch 2: 1 "
-    ):
+    with pytest.raises(TrainingDiverged, match="^Epochs 1 and 2 took no step. Epoch 2: 1 "):
         skips.close_epoch(1)
     with warnings.catch_warnings(record=True):  # a later fit has a chance again
         warnings.simplefilter("always")
