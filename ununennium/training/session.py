@@ -20,6 +20,7 @@ from .batches import num_batches, sample_count, worker_deaths_told
 from .config import TrainerConfig
 from .epoch import suspend
 from .heap import heap_kept
+from .interval import check_interval
 from .hooks import Hooks
 from .lockstep import failures_told
 from .messages import add_hint
@@ -170,7 +171,10 @@ def prepare(run: Run, stepper: Stepper) -> None:
     check_same_settings(run.lockstep.ranks.gather(settings_of(run)))
     stepper.clear()
     epochs = run.goal - run.progress.epoch
-    run.schedule.check_length(epochs, num_batches(run.train_loader), run.batch)
+    batches = num_batches(run.train_loader)
+    run.schedule.check_length(epochs, batches, run.batch)
+    if run.progress.epoch == run.batch == 0:
+        check_interval(run.schedule, run.goal, batches)
 
 # %% ../../nbs/training/67_session.ipynb #session-n024
 @contextlib.contextmanager
