@@ -258,6 +258,7 @@ BORROWED = {
     "_get_default_store": "PyTorch: the store of the process group",
     "_iterator": "PyTorch: the persistent workers of a DataLoader",
     "_orig_mod": "PyTorch: the model inside a compiled one",
+    "_milestones": "PyTorch: where the parts of a SequentialLR start",
     "_schedulers": "PyTorch: the parts of a SequentialLR or ChainedScheduler",
     "_version": "PyTorch: how often a tensor was changed in place",
     "_step_supports_amp_scaling": "PyTorch: a fused optimizer that skips by itself",

@@ -19,12 +19,12 @@ from ..distributed import is_part
 from .batches import MicroBatch, num_batches, open_iterator, prediction
 from .batches import quote_names, sample_names
 from .dropping import preparer, quote_pairs
+from .expected import inspect_monitors
 from .finite import bad_rows
 from .lockstep import failures_told, shared_call
 from .loop import Loop
 from .messages import add_hint, format_bytes
 from .modes import modes_restored
-from .monitor import Monitor, with_added
 from .rng import random_state_kept
 from .run import Run, random_owners, score
 from .session import hint_for
@@ -298,23 +298,6 @@ def inspect_last_batch(run: Run) -> list[str]:
         "which is little for a batch norm, and an error where it sees a single pixel. Pass "
         "drop_last=True to the DataLoader."
     ]
-
-# %% ../../nbs/training/78_check.ipynb #a2664eb4
-def inspect_monitors(run: Run, scores: dict[str, float]) -> list[str]:
-    """Return a sentence for each monitored score that the run will not have."""
-    problems, (scores, directions) = [], with_added(run.callbacks, scores, run.evaluator.directions)
-    for callback in run.callbacks:
-        if isinstance(monitor := getattr(callback, "monitor", None), Monitor):
-            try:
-                copy.copy(monitor).read(scores, directions)
-            except ValueError as error:
-                problems.append(str(error))
-    if run.schedule.pace == "plateau":
-        try:
-            run.schedule.score_name(scores)
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
 
 # %% ../../nbs/training/78_check.ipynb #check-056
 def epoch_length(run: Run) -> str:

@@ -19,6 +19,7 @@ from ..signals import signal_handled
 from .batches import num_batches, sample_count, worker_deaths_told
 from .config import TrainerConfig
 from .epoch import suspend
+from .expected import look_ahead
 from .heap import heap_kept
 from .interval import check_interval
 from .hooks import Hooks
@@ -218,6 +219,7 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
         interrupt_noted(run, hooks) as interrupted,
     ):
         run.modes.apply(run.task.model)
+        look_ahead(run, hooks.trainer)
         try:
             restore_random_state(run)
             with failures_told(run.lockstep), worker_deaths_told():
@@ -231,7 +233,7 @@ def session(run: Run, stepper: Stepper, hooks: Hooks) -> Iterator[None]:
                 raise
         finally:
             stepper.clear()
-            run.logged.is_open = False
+            run.logged.is_open, run.task.at_first = False, None
             if run.open is not None and run.random is None:
                 note_random_state(run)  # reading the loader before the next fit changes nothing
             hooks.call("on_train_end", to_all=True)
