@@ -203,8 +203,12 @@ def test_looking_ahead_leaves_the_metrics_alone():
         def compute(self):
             return sum(self.values)
 
-    counts = Counts()
-    trainer = make_trainer(make_batches(3), make_batches(2), metrics={"seen": counts})
+    class First(Callback):
+        def on_batch_end(self, trainer, batch, logs):
+            assert not hasattr(counts, "values")
+
+    counts, parts = Counts(), (make_batches(3), make_batches(2))
+    trainer = make_trainer(*parts, metrics={"seen": counts}, callbacks=[First()])
     trainer.fit(1)
     expected = sum(len(target) for _, target in make_batches(2))
     assert trainer.history["val_seen"] == [expected] and trainer.run.task.at_first is None
