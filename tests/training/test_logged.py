@@ -1,6 +1,8 @@
 """A value that was logged is in the history: reduced, over ranks, and after a resume."""
 
+import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -178,3 +180,80 @@ def test_a_mean_of_nothing_is_nan_and_names_are_forgotten():
     values.is_open = True
     values.add("x", 1.0, weight=0.0)
     assert math.isnan(values.take(Ranks())["x"]) and values.take(Ranks()) == {}
+
+
+def test_a_score_of_the_trainer_is_not_replaced_from_on_scores():
+    """`trainer.log("val_loss", ...)` in `on_scores` replaced the loss without a word."""
+
+    class Late(Callback):
+        def on_scores(self, trainer, epoch, logs):
+            trainer.log("val_loss", -1.0)
+            trainer.log("own", 2.0)
+            trainer.log("own", 3.0)  # the last one counts
+
+    plain, trainer = (make_trainer(val=make_batches(1), callbacks=c) for c in ([], [Late()]))
+    plain.fit(1)
+    with pytest.warns(TrainingWarning, match="log.'val_loss'. uses the name of a score"):
+        trainer.fit(1)
+    assert trainer.history["val_loss"] == plain.history["val_loss"]
+    assert trainer.history["logged_val_loss"] == [-1.0] and trainer.history["own"] == [3.0]
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_a_value_needs_a_name(name):
+    class Nameless(Callback):
+        def on_batch_end(self, trainer, batch, logs):
+            trainer.log(name, 1.0)
+
+    with pytest.raises(ValueError, match=r"log\(.*\) needs a name"):
+        make_trainer(callbacks=[Nameless()]).fit(1)
+
+
+def test_a_name_set_in_the_copy_of_the_history_does_not_vanish_in_silence():
+    """`trainer.history.setdefault("val_ema", []).append(...)` was never seen again."""
+
+    class Sets(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            trainer.history.setdefault("val_ema", []).append(0.5)
+
+    trainer = make_trainer(callbacks=[Sets()])
+    with pytest.warns(TrainingWarning, match=r"'val_ema' is not recorded. Call trainer.log"):
+        trainer.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = trainer.fit(0)
+        history["mine"] = [1.0]  # after fit, it is the user's own
+        assert copy.deepcopy(trainer.history) == trainer.history
+        assert history.setdefault("mine", []) == [1.0] and "mine" not in trainer.history
+
+
+def test_a_copy_of_the_history_in_a_callback_is_ones_own():
+    kept = []
+
+    class Copies(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            kept.append(copy.deepcopy(trainer.history))
+            kept[-1]["mine"] = [2.0]
+            dict(trainer.history)["mine"] = [2.0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(callbacks=[Copies()]).fit(1)
+    assert type(kept[0]).__name__ == "History" and kept[0]["mine"] == [2.0]
+
+
+def test_who_monitors_before_it_is_logged_learns_of_the_order():
+    class LateScore(Callback):
+        def on_scores(self, trainer, epoch, logs):
+            trainer.log("val_own", 0.5)
+
+    trainer = make_trainer(callbacks=[EarlyStopping("val_own", mode="max"), LateScore()],
+                           val=make_batches(1))  # fmt: skip
+    hint = "If LateScore logs it in on_scores, put it before EarlyStopping."
+    with pytest.warns(TrainingWarning), pytest.raises(ValueError, match=hint):
+        trainer.fit(1)
+    right = make_trainer(callbacks=[LateScore(), EarlyStopping("val_own", mode="max")],
+                         val=make_batches(1))  # fmt: skip
+    with pytest.warns(TrainingWarning, match="If nothing logs it"):
+        right.fit(1)
+    assert right.epoch == 1

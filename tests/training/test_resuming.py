@@ -1,6 +1,7 @@
 """Which file of a folder a run continues from, and what is said about it."""
 
 import pytest
+import torch
 
 from small import At, make_trainer, small_net, stop
 from ununennium import CheckpointError, EarlyStopping
@@ -43,3 +44,25 @@ def test_a_file_without_its_shards_is_refused(tmp_path):
     path = save_file({"model": {}, "shards": "step=000003.shards"}, tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="step=000003.shards is missing or damaged"):
         load_complete(path)
+
+
+def test_a_changed_learning_rate_is_told_when_a_run_resumes(tmp_path, capsys):
+    """The new script had another rate, which is used, and nothing said so."""
+    make = lambda rate, **more: make_trainer(
+        optimizer=lambda p: torch.optim.AdamW(p, lr=rate, **more), progress="text"
+    )
+    first = make(0.02)
+    first.fit(1)
+    first.save_checkpoint(tmp_path / "last.pt")
+    for parts, said in (
+        ({"rate": 0.02}, ""),
+        ({"rate": 0.02, "foreach": True}, ""),
+        ({"rate": 0.001}, " AdamW goes on with lr=0.001 instead of 0.02, as it was built here."),
+        ({"rate": 0.02, "weight_decay": 0.5}, "weight_decay=0.5 instead of 0.01"),
+    ):
+        trainer = make(**parts)
+        trainer.resume(tmp_path)
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(f"Resuming from {tmp_path / 'last.pt'} (after epoch 1, step ")
+        assert said in line and ("goes on with" in line) == bool(said)
+        assert trainer.optimizer.param_groups[0]["lr"] == parts["rate"]

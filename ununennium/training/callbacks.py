@@ -64,7 +64,7 @@ class EarlyStopping(Callback):
 
     def on_scores(self, trainer: RunView, epoch: int, logs: dict[str, float]) -> None:
         """Compare with the best, and count the epochs without an improvement."""
-        value = self.monitor.read(logs, trainer.directions)
+        value = self.monitor.read_for(self, trainer, logs)
         if self.monitor.is_better(value, self.best):
             self.best, self.best_epoch, self.waited = value, epoch, 0
             return
@@ -206,7 +206,7 @@ class CheckpointCallback(Callback):
 
     def on_scores(self, trainer: RunView, epoch: int, logs: dict[str, float]) -> None:
         """Raise in the first epoch if the score is unknown."""
-        self.monitor.read(logs, trainer.directions)
+        self.monitor.read_for(self, trainer, logs)
 
     def on_epoch_end(self, trainer: RunView, epoch: int, logs: dict[str, float]) -> None:
         """Write `last.pt`; keep a copy if it is among the best, and delete the one it displaces."""

@@ -62,8 +62,8 @@ def expected_scores(
             found = names_of(metrics, output.float(), target, batch.weight)
         except Exception as error:
             warn(
-                "A metric cannot score the first batch of training, so it will fail on such ones in "
-                f"validation, too: {str(error).rstrip('.')}. {metric_hint(metrics, error)}"
+                "A metric cannot score the first batch of training, and in validation it will fail "
+                f"on such a batch: {str(error).rstrip('.')}. {metric_hint(metrics, error)}"
             )
             return None
         names += [f"val_{name}" for name in (*batch.losses, *found)]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -116,8 +116,10 @@ def as_scalar(name: str, value: Any) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        If it is no number, or several.
+        If it is no number, or several, or has no name.
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"log({name!r}, ...) needs a name, such as 'grad_norm'.")
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
@@ -145,6 +147,19 @@ def as_numbers(scores: dict[str, Any]) -> None:
                 "is left out."
             )
 
+# %% ../../nbs/training/29_logged.ipynb #794a4c2a
+def free_name(name: str, taken: Collection[str]) -> str:
+    """Return the name under which to record a logged value; warn if its own is taken."""
+    if name not in taken:
+        return name
+    warn(f"log({name!r}) uses the name of a score. It is recorded as 'logged_{name}'.")
+    return f"logged_{name}"
+
+
+def joined(scores: dict[str, float], logged: Mapping[str, float]) -> dict[str, float]:
+    """Return scores and logged values; a logged one gives way if the name is taken."""
+    return scores | {free_name(name, scores): value for name, value in logged.items()}
+
 # %% ../../nbs/training/29_logged.ipynb #27e754ff
 class Logged:
     """The values that callbacks and loss functions log."""
@@ -152,6 +167,7 @@ class Logged:
     def __init__(self) -> None:
         self.values: dict[str, LoggedValue] = {}
         self.scores: dict[str, Any] | None = None  # of an epoch that is about to be recorded
+        self.given: frozenset[str] = frozenset()  # the names of those that were there before
         self.prefix, self.is_open, self.is_muted = "", False, False
 
     def add(self, name: str, value: Any, reduce: str = "mean", weight: float = 1.0) -> None:
@@ -160,7 +176,7 @@ class Logged:
         if self.is_muted:
             return
         if self.scores is not None:
-            self.scores[name] = scalar.item()
+            self.scores[free_name(name, self.given)] = scalar.item()
             return
         if not self.is_open:
             raise RuntimeError(
@@ -196,7 +212,7 @@ class Logged:
     @contextlib.contextmanager
     def deciding(self, scores: dict[str, Any]) -> Iterator[None]:
         """Let callbacks add to the scores of an epoch in the block, and then close it."""
-        self.scores = scores
+        self.scores, self.given = scores, frozenset(scores)
         try:
             yield
         finally:
@@ -213,12 +229,3 @@ class Logged:
         for name, saved in states.items():
             self.values[name] = LoggedValue(saved["reduce"])
             self.values[name].load(saved, device)
-
-# %% ../../nbs/training/29_logged.ipynb #967a5f3f
-def joined(scores: dict[str, float], logged: Mapping[str, float]) -> dict[str, float]:
-    """Return scores and logged values; a logged one gives way if the name is taken."""
-    for name in scores.keys() & logged.keys():
-        warn(f"log({name!r}) uses the name of a score. It is recorded as 'logged_{name}'.")
-    return scores | {
-        f"logged_{name}" if name in scores else name: value for name, value in logged.items()
-    }

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .hooks import RunView
+from .hooks import RunView, has_hook
+from .messages import add_hint
 
 # %% auto #0
 __all__ = ['Monitor']
@@ -130,6 +132,18 @@ class Monitor:
         known = directions.get(self.name, direction_of(self.name))
         self.mode = settled_mode(self.owner, self.name, self.mode, known)
         return float(logs[self.name])
+
+    def read_for(self, callback: object, trainer: RunView, logs: Mapping[str, float]) -> float:
+        """Read the score in a callback's `on_scores`; if it is missing, speak of the order too."""
+        try:
+            return self.read(logs, trainer.directions)
+        except ValueError as error:
+            others = list(itertools.dropwhile(lambda c: c is not callback, trainer.callbacks))[1:]
+            later = [c for c in others if has_hook(c, "on_scores") and self.name not in logs]
+            if later:
+                name, mine = type(later[0]).__name__, type(callback).__name__
+                add_hint(error, f"If {name} logs it in on_scores, put it before {mine}.")
+            raise
 
     def is_better(self, value: float, best: float | None) -> bool:
         """Return whether a value improves on the best so far (None if there is none)."""

@@ -16,7 +16,7 @@ from .checkpoint import load_file, newest_first
 from .lockstep import shared_call
 from .messages import warn
 from .run import Run
-from .saving import take_over
+from .saving import built_settings, take_over
 from .shards import check_shards
 
 # %% auto #0
@@ -87,6 +87,22 @@ def newest_intact(dirpath: str | Path) -> tuple[Path | None, dict[str, Any]]:
         "Nothing was loaded; to start from scratch, use another folder."
     )
 
+# %% ../../nbs/training/77_resuming.ipynb #7878c2ce
+HOW = ("foreach", "fused", "capturable", "differentiable")  # they change no result
+
+
+def changes_text(run: Run, saved: dict[str, Any]) -> str:
+    """Return the optimizer's settings that differ from those in a file, as a sentence."""
+    changes = []
+    pairs = zip(saved["optimizer_built"], built_settings(run), strict=False)
+    for number, (then, now) in enumerate(pairs):
+        where = f" in group {number}" if len(run.optimizer.param_groups) > 1 else ""
+        for name in (n for n in then if n in now and n not in (*HOW, "initial_lr")):
+            if then[name] != now[name]:
+                changes.append(f"{name}={now[name]}{where} instead of {then[name]}")
+    kind = type(run.optimizer).__name__
+    return f" {kind} goes on with {', '.join(changes)}, as it was built here." if changes else ""
+
 # %% ../../nbs/training/77_resuming.ipynb #resuming-015
 def check_folder(ranks: Ranks, dirpath: str | Path) -> None:
     """Raise a `CheckpointError` if another rank has files in a folder where rank 0 has none."""
@@ -122,5 +138,5 @@ def resume(run: Run, dirpath: str | Path, announce: Callable[[str], None]) -> Pa
         announce(f"No checkpoint in {dirpath}; starting from scratch.")
         return None
     take_over(run, saved, path)
-    announce(f"Resuming from {path} ({position_text(run)}).")
+    announce(f"Resuming from {path} ({position_text(run)}).{changes_text(run, saved)}")
     return path

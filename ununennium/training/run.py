@@ -321,7 +321,7 @@ class RunFacts:
     @property
     def history(self) -> History:
         """A copy of the history: one number per epoch under each name, all lists equally long."""
-        return self.run.progress.copy_history()
+        return self.run.progress.copy_history(self.run.is_running)
 
     @property
     def data_wait(self) -> float:

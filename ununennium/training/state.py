@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .messages import warn
+
 # %% auto #0
 __all__ = ['History', 'Progress']
 
@@ -20,6 +22,25 @@ _HEADER = ("first", "last", "min", "max")
 
 class History(dict[str, list[float]]):
     """Scores by name, one number per epoch. Notebooks show a summary of it."""
+
+    is_live = False  # whether it is a copy of one that still grows
+
+    def __setitem__(self, name: str, values: list[float]) -> None:
+        if self.is_live:
+            warn(
+                f"trainer.history is a copy, so what you set as {name!r} is not recorded. Call "
+                f"trainer.log({name!r}, value)."
+            )
+        super().__setitem__(name, values)
+
+    def setdefault(self, name: str, values: Any = None) -> Any:
+        """Return a name's values, after setting them if there are none."""
+        if name not in self:
+            self[name] = values
+        return self[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return History, (dict(self),)  # a copy of a copy is the user's own
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         rows = [(_title(self), *_HEADER), *summary_rows(self)]
@@ -93,9 +114,11 @@ class Progress:
             values.append(float(scores.get(name, math.nan)))
         self.epoch += 1
 
-    def copy_history(self) -> History:
-        """Return the history with new lists, which the caller may change."""
-        return History((name, list(values)) for name, values in self.history.items())
+    def copy_history(self, is_live: bool = False) -> History:
+        """Return the history with new lists; a live one warns if the caller adds a name."""
+        history = History((name, list(values)) for name, values in self.history.items())
+        history.is_live = is_live
+        return history
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores: the numbers, and no request."""
