@@ -1,9 +1,11 @@
 """`check`: one batch forward and backward, a short report, and nothing changed."""
 
 import re
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -183,3 +185,96 @@ def test_a_loop_of_ones_own_is_mentioned_and_its_parts_are_known(capsys):
     )
     assert trainer.check() == []
     assert "loop_class has its own losses, which this check does not run" in capsys.readouterr().out
+
+
+# What newcomers ran into.
+
+
+def with_nan(batches):
+    image, target = batches[0]
+    image = image.clone()
+    image[1, 0, 0, 0] = torch.nan
+    return [(image, target), *batches[1:]]
+
+
+def test_clean_validation_images_are_not_blamed_for_a_nan_in_training(capsys):
+    """The batch norms of the trial step were still NaN when the validation batch came."""
+    trainer = make_trainer(with_nan(make_batches(2)), make_batches(1), model=small_net(norm=True))
+    problems = trainer.check()
+    assert not [text for text in problems if "validation" in text], problems
+    assert [text for text in problems if "The image has NaN or infinity (sample 1)" in text]
+
+
+def test_steps_are_said_to_be_skipped_only_if_they_are(capsys):
+    """A model that uses nanmean trains on NaN, and the check said it would not."""
+
+    class Copes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_net(norm=False)
+
+        def forward(self, image):
+            return self.inner(image.nan_to_num())
+
+    batches = with_nan(make_batches(2))
+    said = {}
+    for name, model in (("copes", Copes()), ("spoiled", small_net(norm=False))):
+        trainer = make_trainer(batches, model=model)
+        (said[name],) = [text for text in trainer.check() if "NaN or infinity" in text]
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            skipped = trainer.fit(1)["train_skipped_steps"][0]
+        assert ("skipped" in said[name]) == bool(skipped)
+    assert "the model copes with it" in said["copes"]
+
+
+def test_warnings_of_other_packages_are_not_problems_of_the_run(capsys):
+    """A deprecation inside of a data set gave 112 equal lines."""
+
+    class Old(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, number):
+            for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+                warnings.warn("Use `@` for matrices", category, stacklevel=1)
+            warnings.warn("this tile has no projection", UserWarning, stacklevel=1)
+            image, mask = make_batches(1)[0]
+            return image[0], mask[0]
+
+    problems = make_trainer(DataLoader(Old(), 4)).check()
+    assert problems == ["this tile has no projection"]
+    assert capsys.readouterr().out.count("!") == 1
+
+
+def test_a_schedule_of_steps_is_found_by_a_check_too(capsys):
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    trainer = make_trainer(make_batches(4), scheduler=lambda o: cosine(o, T_max=12), epochs=3)
+    (problem,) = trainer.check()
+    assert "seems to be built for 12 steps" in problem
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda image, target: (image - 16.8, target), "not centred"),
+        (lambda image, target: (image, F.one_hot(target, 3).movedim(-1, 1).float()),
+         "one-hot"),
+    ],
+)  # fmt: skip
+def test_decibels_and_one_hot_masks_are_told(spoil, said, capsys):
+    batches = [spoil(image, target.clamp(max=2)) for image, target in make_batches(2)]
+    trainer = make_trainer(batches, loss=nn.CrossEntropyLoss())
+    assert [text for text in trainer.check() if said in text]
+
+
+def test_a_gap_in_heights_is_told_unless_the_loss_knows_it(capsys):
+    batches = [(image, torch.rand(len(image), 1, *image.shape[2:])) for image, _ in make_batches(2)]
+    batches[0][1][0, 0, 0] = -9999
+    for loss, count in (
+        (nn.MSELoss(), 1),
+        (MaskedLoss(nn.MSELoss(reduction="none")), 1),
+        (MaskedLoss(nn.MSELoss(reduction="none"), ignore_index=-9999), 0),
+    ):
+        problems = make_trainer(batches, model=nn.Conv2d(4, 1, 1), loss=loss).check()
+        assert len([text for text in problems if "The target is -9999" in text]) == count

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,10 @@ from .batches import MicroBatch, num_batches, open_iterator, prediction
 from .batches import quote_names, sample_names
 from .dropping import preparer, quote_pairs
 from .expected import inspect_monitors
+from .findings import inspect_image, inspect_output, inspect_target
+from .findings import nan_problem, shape_of
 from .finite import bad_rows
+from .interval import check_interval
 from .lockstep import failures_told, shared_call
 from .loop import Loop
 from .messages import add_hint, format_bytes
@@ -29,7 +33,6 @@ from .rng import random_state_kept
 from .run import Run, random_owners, score
 from .session import hint_for
 from .step import check_gradient, gradient_norm
-from .targets import labels_outside
 
 # %% auto #0
 __all__ = []
@@ -86,114 +89,6 @@ def first_batch(loader: Any) -> Any:
         loader.__dict__ |= {"_iterator": None, "persistent_workers": False}  # not the run's own
     return next(open_iterator(loader), None)
 
-# %% ../../nbs/training/78_check.ipynb #check-017
-def shape_of(value: Any) -> str:
-    """Return shape and dtype of a tensor, or the type of anything else."""
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return type(value).__name__
-
-
-def channel_statistics(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel of `(N, C, ...)`; NaN counts as 0."""
-    channels = image.float().transpose(0, 1).flatten(1)
-    channels = torch.where(channels.isfinite(), channels, 0.0)
-    return channels.mean(1), channels.std(1)
-
-# %% ../../nbs/training/78_check.ipynb #check-020
-def inspect_image(image: Any, names: Any) -> tuple[str, list[str]]:
-    """Return what an image batch `(N, C, ...)` shows, and what is wrong with it."""
-    report, problems = shape_of(image), []
-    if not isinstance(image, Tensor) or image.ndim < 3:
-        return report, problems
-    if rows := bad_rows(image):
-        problems.append(
-            f"The image has NaN or infinity ({quote_names(names, rows)}): these steps would be "
-            "skipped. Replace nodata by a number, and mark it in the mask."
-        )
-    mean, spread = channel_statistics(image)
-    means, spreads = (", ".join(f"{x:.3g}" for x in part[:8]) for part in (mean, spread))
-    report += f"; channel means {means}; standard deviations {spreads}"
-    if (largest := float(torch.maximum(mean.abs(), spread).max())) > 20:
-        problems.append(
-            f"The image is not normalised: its channels go up to {largest:.3g} in mean or standard "
-            "deviation. Models learn best near 0 and 1."
-        )
-    if still := torch.where(spread == 0)[0].tolist():
-        problems.append(f"Channels {still} have the same value everywhere in this batch.")
-    return report, problems
-
-# %% ../../nbs/training/78_check.ipynb #check-023
-def inspect_values(target: Tensor) -> str:
-    """Return mean, standard deviation and share of non-finite values of a float target, as text."""
-    valid, text = target[target.isfinite()], ""
-    if valid.numel():
-        text = f"; mean {valid.mean():.3g}, standard deviation {valid.std():.3g}"
-    return f"{text}; {1 - valid.numel() / max(1, target.numel()):.1%} not finite"
-
-# %% ../../nbs/training/78_check.ipynb #check-026
-def inspect_labels(
-    target: Tensor, classes: int | None, ignore_index: int | None
-) -> tuple[str, list[str]]:
-    """Return which labels an integer target has, and what is wrong with them."""
-    report, problems = "", []
-    values, counts = target.flatten().unique(return_counts=True)
-    valid = values != ignore_index if ignore_index is not None else torch.ones_like(values) > 0
-    total, labels = max(1, int(counts.sum())), values[valid].tolist()
-    seen = [f"{v} ({c / total:.1%})" for v, c in zip(labels, counts[valid], strict=True)]
-    ignored = 1 - float(counts[valid].sum()) / total
-    report += f"; labels {', '.join(seen[:20]) or 'none'}; {ignored:.1%} ignored"
-    if not seen:
-        problems.append("The batch has no label that counts: all of it is ignored.")
-    if classes is not None and classes > 1:
-        if outside := list(labels_outside(target, classes, ignore_index)):
-            problems.append(
-                f"The target has labels {outside} outside the model's {classes} classes "
-                f"0..{classes - 1}. If one means no data, ignore_index has to say so."
-            )
-        elif absent := [c for c in range(classes) if c not in labels]:
-            report += f"; without {', '.join(map(str, absent[:20]))}"
-    return report, problems
-
-# %% ../../nbs/training/78_check.ipynb #check-029
-def inspect_target(
-    target: Any, classes: int | None, ignore_index: int | None
-) -> tuple[str, list[str]]:
-    """Return what a target shows, and what is wrong with its labels."""
-    if not isinstance(target, Tensor):
-        return shape_of(target), []
-    if target.is_floating_point():
-        return shape_of(target) + inspect_values(target), []
-    report, problems = inspect_labels(target, classes, ignore_index)
-    return shape_of(target) + report, problems
-
-# %% ../../nbs/training/78_check.ipynb #check-032
-def sums_to_one(scores: Tensor) -> bool:
-    """Return whether scores `(N, C, ...)` are probabilities: 0 or more, and 1 over all classes."""
-    sums = scores.sum(1)
-    return bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=0.01)
-
-# %% ../../nbs/training/78_check.ipynb #check-035
-def inspect_output(output: Any, loss: Any) -> list[str]:
-    """Return what is wrong with an output `(N, C, ...)` for one of PyTorch's losses."""
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        return []
-    if output.ndim < 2 or output.shape[1] < 2:
-        return []
-    scores = output.detach().float()
-    if isinstance(loss, nn.CrossEntropyLoss) and sums_to_one(scores):
-        return [
-            "The model's output sums to 1 over the classes, as after a softmax, and "
-            "CrossEntropyLoss has a softmax of its own: training would be slow. Return the output "
-            "of the layer before it."
-        ]
-    if isinstance(loss, nn.NLLLoss) and bool((scores > 0).any()):
-        return [
-            "The model's output is above 0 somewhere, and NLLLoss takes logarithms of "
-            "probabilities. End the model with nn.LogSoftmax(1), or use CrossEntropyLoss."
-        ]
-    return []
-
 # %% ../../nbs/training/78_check.ipynb #check-038
 class SavedTensorBytes:
     """Count the bytes that the forward passes in a `with` block keep for the backward pass.
@@ -239,42 +134,41 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 # %% ../../nbs/training/78_check.ipynb #check-044
-def inspect_loss_value(run: Run, batch: MicroBatch) -> tuple[str, list[str]]:
-    """Run the backward pass; return the loss and the gradient norm, and what is wrong with them."""
+def inspect_loss_value(run: Run, batch: MicroBatch) -> tuple[str, list[str], bool]:
+    """Run the backward pass; return loss and gradient norm, problems, and if a step is skipped."""
     loss = batch.losses["loss"]
     check_gradient(loss)
     loss.backward()
     gradients = [p.grad for p in run.task.model.parameters() if p.grad is not None]
     norm = float(gradient_norm(gradients)) if gradients else 0.0
     value = float(loss.detach())
-    bad = not loss.isfinite()
-    return (
-        f"{value:.4g}, gradient norm {norm:.4g}",
-        [f"The loss of the first batch is {value}."] if bad else [],
-    )
+    problems = [] if math.isfinite(value) else [f"The loss of the first batch is {value}."]
+    is_skipped = bool(problems) or not math.isfinite(norm)
+    return f"{value:.4g}, gradient norm {norm:.4g}", problems, is_skipped
 
 # %% ../../nbs/training/78_check.ipynb #check-047
 def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str], list[str]]:
     """Take a batch forward and backward as the run would; return report, problems, loss names."""
     batch = preparer(run.task, dropped := {})(raw, 0)
     report: dict[str, str] = {}
-    report["input"], problems = inspect_image(batch.inputs, sample_names(raw))
+    report["input"], problems = inspect_image(batch.inputs, run.task.model)
     for names in dropped.values():
         problems.append(f"Not finite, and left out of the batch: {quote_pairs(names)}.")
     run.task.model.train()
     run.modes.apply(run.task.model)
     with SavedTensorBytes(run.task.model) as saved:
         output, _ = run.task.forward(batch)
-    shown = prediction(output)
-    classes = shown.shape[1] if isinstance(shown, Tensor) and shown.ndim > 1 else None
-    report["target"], found = inspect_target(batch.target, classes, run.task.ignore_index)
-    problems += found + inspect_output(shown, run.task.loss_fn)
+    shown, spec = prediction(output), run.task.spec
+    report["target"], found = inspect_target(batch.target, shown, spec, run.task.ignore_index)
+    problems += found + inspect_output(shown, spec)
     report["output"] = shape_of(shown)
     losses = list(batch.losses)
     lacks = run.lockstep.any(batch.is_empty) and run.task.exchange.needs_equal_passes
     if lacks or batch.is_empty:
         return report, problems, losses
-    report["loss"], found = inspect_loss_value(run, batch)
+    report["loss"], found, is_skipped = inspect_loss_value(run, batch)
+    if rows := bad_rows(batch.inputs):
+        found.append(nan_problem(quote_names(sample_names(raw), rows), is_skipped))
     report["memory"] = (
         f"{format_bytes(state_bytes(run.optimizer))} for model, gradients and optimizer, "
         f"{format_bytes(saved.total)} kept for the backward pass of a batch"
@@ -318,6 +212,17 @@ def inspect_loop(loop_class: type[Loop]) -> dict[str, str]:
     return {"loop": text} if own else {}
 
 # %% ../../nbs/training/78_check.ipynb #check-061
+@contextlib.contextmanager
+def warnings_noted() -> Iterator[list[Warning]]:
+    """Note the warnings of the block, but for those that speak to the authors of libraries."""
+    noted: list[Warning] = []
+    others = DeprecationWarning, PendingDeprecationWarning, FutureWarning
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield noted
+        noted += [w.message for w in caught if not issubclass(w.category, others)]
+
+# %% ../../nbs/training/78_check.ipynb #da11809d
 def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str], list[str]]:
     """Inspect one batch of each loader, and change nothing.
 
@@ -327,15 +232,18 @@ def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str]
         The report's lines by name; and a sentence for each problem.
     """
     report: dict[str, str] = {}
-    with untouched(run), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with untouched(run), warnings_noted() as caught:
+        check_interval(run.schedule, run.goal, num_batches(run.train_loader))
         report["epoch"] = epoch_length(run)
         raw = first_batch(run.train_loader)
         if run.lockstep.any(raw is None):
             report["input"] = "train_loader can be read only once, so it was not inspected"
             return report, []
         exchange = run.task.exchange
-        with exchange.gradients(is_last=exchange.is_sharded):  # else each rank has its own
+        with (
+            exchange.gradients(is_last=exchange.is_sharded),  # else each rank has its own
+            tensors_restored(run.task.model),  # NaN in it must not reach the validation
+        ):
             found, problems, losses = inspect_step(run, raw)
         report |= found | inspect_loop(loop_class)
         problems += inspect_last_batch(run)
@@ -345,7 +253,7 @@ def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str]
             scores |= score(run, [] if val is None else [val]) or {}
             report["scores"] = ", ".join(name for name in scores if "/" not in name)
         problems += inspect_monitors(run, scores)
-    return report, problems + [str(warning.message) for warning in caught]
+    return report, list(dict.fromkeys([*problems, *map(str, caught)]))
 
 # %% ../../nbs/training/78_check.ipynb #check-064
 class Problems(list[str]):
