@@ -253,7 +253,7 @@ def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str]
             scores |= score(run, [] if val is None else [val]) or {}
             report["scores"] = ", ".join(name for name in scores if "/" not in name)
         problems += inspect_monitors(run, scores)
-    return report, list(dict.fromkeys([*problems, *map(str, caught)]))
+    return report, problems + [str(warning) for warning in caught]
 
 # %% ../../nbs/training/78_check.ipynb #check-064
 class Problems(list[str]):
