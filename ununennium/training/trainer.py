@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .check import Problems, check
 from .config import TrainerConfig
+from .copying import Copied
 from .hooks import Display, Hooks
 from .loop import Loop
 from .messages import warn, whole_number
@@ -78,7 +79,7 @@ def predict_with(
     return predict_task(trainer.run.task, loader, output, out, trainer.config.progress)
 
 # %% ../../nbs/training/80_trainer.ipynb #1842bb48
-class Trainer(RunFacts):
+class Trainer(Copied):
     """Train a PyTorch model on Earth-observation imagery; stop, save and resume at any step.
 
     Parameters
