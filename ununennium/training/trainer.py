@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .check import Problems, check
 from .config import TrainerConfig
 from .copying import Copied
+from .hook_checks import begin_service
 from .hooks import Display, Hooks
 from .loop import Loop
 from .messages import warn, whole_number
@@ -164,6 +165,7 @@ class Trainer(Copied):
         require_idle(self.run, "fit")
         if (goal := find_goal(self.epoch, epochs, self.config.epochs)) > self.epoch:
             self.run.goal = goal
+            begin_service(self, self.run.progress)
             with self.run.lockstep.ranks.within("fit"):
                 self.loop_class(self.run, self).fit()
         return self.history
