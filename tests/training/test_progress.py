@@ -73,6 +73,14 @@ def test_missing_libraries_are_named(front_end, monkeypatch):
         default_display("dashboard")
 
 
+def test_a_dashboard_of_your_own_without_plotly_says_what_to_install(shown, monkeypatch):
+    monkeypatch.setattr(module, "missing_libraries", lambda: ["plotly"])
+    trainer = make_trainer(make_batches(2), callbacks=[Dashboard()])
+    with pytest.warns(UserWarning, match="is switched off; training continues") as caught:
+        trainer.fit(1)
+    assert str(caught[0].message).endswith("needs plotly: pip install 'ununennium[notebook]'.")
+
+
 def test_a_dashboard_needs_a_kernel():
     with pytest.raises(ValueError, match="needs a Jupyter kernel"):
         make_trainer(make_batches(2), progress="dashboard")

@@ -18,6 +18,7 @@ from .callbacks import CheckpointCallback
 from .charts import CellOutput, View, display_run
 from .hooks import Display, RunView
 from .messages import whole_number
+from .progress import require_libraries
 from .runlog import RunRecorder, add_mark
 
 # %% auto #0
@@ -256,6 +257,7 @@ class LiveRun:
     def __init__(
         self, trainer: RunView, recorder: RunRecorder, folder: Path | None, height: int
     ) -> None:
+        require_libraries()
         self.trainer, self.log, self._announced = trainer, recorder.log, ""
         with contextlib.ExitStack() as stack:
             live = stack.enter_context(live_widgets())

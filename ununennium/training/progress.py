@@ -216,6 +216,17 @@ def missing_libraries() -> list[str]:
     wanted = ("ipywidgets", "plotly", "anywidget")
     return [name for name in wanted if importlib.util.find_spec(name) is None]
 
+
+def libraries_text(missing: Sequence[str]) -> str:
+    """Return how to install missing libraries."""
+    return f"The dashboard needs {', '.join(missing)}: pip install 'ununennium[notebook]'."
+
+
+def require_libraries() -> None:
+    """Raise a `ModuleNotFoundError` if one of the dashboard's libraries is not installed."""
+    if missing := missing_libraries():
+        raise ModuleNotFoundError(libraries_text(missing), name=missing[0])
+
 # %% ../../nbs/training/32_progress.ipynb #progress-036
 def find_dashboard(callbacks: Iterable[object]) -> Dashboard | None:
     """Return the dashboard among the callbacks, or None."""
@@ -243,21 +254,19 @@ def default_display(progress: str, callbacks: Sequence[object] = ()) -> Display 
         )
     if progress == "none":
         return None
-    missing = missing_libraries()
-    hint = f"The dashboard needs {', '.join(missing)}: pip install 'ununennium[notebook]'."
     if progress == "dashboard":
         if running_kernel() is None:
             raise ValueError(
                 "progress='dashboard' needs a Jupyter kernel, and none is running. Pass 'auto', "
                 "which shows a bar or text where there is no notebook."
             )
-        if missing:
-            raise ImportError(hint)
+        require_libraries()
         return None if own else Dashboard(always=True)
     if progress == "auto":
+        missing = missing_libraries() if has_front_end() else []
         if has_front_end() and not missing:
             return None if own else Dashboard()
         if has_front_end():
-            warn(f"Progress is shown as text. {hint}")
+            warn(f"Progress is shown as text. {libraries_text(missing)}")
         progress = "bar" if sys.stdout.isatty() else "text"
     return {"bar": BarProgress, "text": TextProgress}[progress]()
