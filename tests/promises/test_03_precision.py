@@ -50,6 +50,16 @@ def test_the_logged_norm_is_that_before_clipping():
     assert norms == free and min(norms) > 1e-3
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_clipping_norm_of_0_clips_nothing_like_none(fused):
+    sgd = lambda p: torch.optim.SGD(p, lr=0.1, fused=fused)
+    clips = (0, None, 1e9, 0.1)  # beyond all gradients, and below
+    off, none, high, low = (make_trainer(optimizer=sgd, gradient_clip=clip) for clip in clips)
+    histories = [trainer.fit(2) for trainer in (off, none, high, low)]
+    assert same_state(off, none) and same_state(off, high) and not same_state(off, low)
+    assert histories[0] == histories[1] == histories[2] != histories[3]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_overflow_halves_the_scale_once_and_moves_no_scheduler(device, fused, monkeypatch):
