@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..notebook.kernel import has_front_end, running_kernel
 from .hooks import Display, RunView
-from .messages import warn
+from .messages import format_score, warn
 from .restore import unwrap
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def epoch_line(trainer: RunView, epoch: int, logs: Mapping[str, float]) -> str:
     for name, value in logs.items():
         if "/" in name or name == "val_IoU_classes" or name in counts:
             continue
-        parts.append(f"{name} {value:.3g}" if name == "lr" else f"{name} {value:.4f}")
+        parts.append(f"{name} {f'{value:.3g}' if name == 'lr' else format_score(value)}")
         if name == "val_IoU":
             parts[-1] += f" {classes_note(logs)}"
     return "  ".join([*parts, *count_notes(logs)])
@@ -123,8 +123,13 @@ def start_line(trainer: RunView) -> str:
     return f"{line}: {batches}{f' of {each}' if each else ''} per epoch"
 
 # %% ../../nbs/training/32_progress.ipynb #progress-018
-def stop_line(trainer: RunView) -> str:
+def stop_line(trainer: RunView, error: BaseException | None = None) -> str:
     """Return why a run stopped before its goal, or an empty text if it did not."""
+    if error is not None and not isinstance(error, KeyboardInterrupt):
+        where = f"after epoch {trainer.epoch}" if trainer.epoch else "in epoch 1"
+        if trainer.batch:
+            where = f"in epoch {trainer.epoch + 1}, after batch {trainer.batch}"
+        return f"stopped by an error {where}: {type(error).__name__}"
     if not trainer.stop_reason:
         return ""
     where = f" (epoch {trainer.epoch + 1}, after batch {trainer.batch})" if trainer.batch else ""
@@ -135,10 +140,11 @@ class TextProgress(Display):
     """A line at the start, then one per epoch, for logs."""
 
     pace: Pace | None = None
+    error: BaseException | None = None  # that ended the run
 
     def on_train_start(self, trainer: RunView) -> None:
         """Write what is trained."""
-        self.pace = Pace()
+        self.pace, self.error = Pace(), None
         self.announce(start_line(trainer))
 
     def on_epoch_end(self, trainer: RunView, epoch: int, logs: dict[str, float]) -> None:
@@ -146,10 +152,15 @@ class TextProgress(Display):
         time = self.pace.note(trainer.goal - epoch - 1) if self.pace else ""
         self.announce("  ".join(filter(None, (epoch_line(trainer, epoch, logs), time))))
 
+    def on_exception(self, trainer: RunView, error: BaseException) -> None:
+        """Note what ended the run."""
+        self.error = error
+
     def on_train_end(self, trainer: RunView) -> None:
         """Write why the run stopped before its goal."""
-        if line := stop_line(trainer):
+        if line := stop_line(trainer, self.error):
             self.announce(line)
+        self.error = None
 
 # %% ../../nbs/training/32_progress.ipynb #progress-027
 def bar_title(trainer: RunView) -> str:
@@ -189,7 +200,8 @@ class BarProgress(TextProgress):
         now = time.monotonic()
         if now - self.last_read > 0.5 and "train_loss" in logs:
             self.last_read = now
-            self.bar.set_postfix(loss=f"{float(logs['train_loss']):.4g}", refresh=False)
+            loss = format_score(float(logs["train_loss"]))
+            self.bar.set_postfix(loss=loss, refresh=False)
         self.bar.update()
         if self.bar.total == self.bar.n and trainer.val_loader is not None:
             self.bar.set_description(f"{bar_title(trainer)} validating")
