@@ -5,6 +5,7 @@ On a CPU the same rules are tried with a CPU scaler and CPU autocast.
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import small
 from small import DEVICES, half, make_batches, make_trainer, same_history, same_state, small_net
-from ununennium import Callback, Trainer
+from ununennium import Callback, Trainer, TrainerConfig
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -171,3 +172,34 @@ def test_cuda_without_a_gpu_warns_once_and_trains_on_the_cpu(monkeypatch):
         trainer = make_trainer(device="cuda")
     assert len(caught) == 1 and caught[0].filename == small.__file__
     trainer.fit(1)
+
+
+def test_the_default_device_without_a_gpu_is_told_in_the_first_line_and_not_warned(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    model, batches = small_net(), make_batches()
+    optimizer, loss = torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss()
+    for config in (TrainerConfig(1, progress="text"), replace(TrainerConfig(1), progress="text")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer = Trainer(
+                model, optimizer, loss, [(i, m % 3) for i, m in batches], config=config
+            )
+            trainer.fit(1)
+        first = capsys.readouterr().out.splitlines()[0]
+        assert (
+            first == "Sequential (83 parameters) on cpu (no GPU here), float32: 6 batches per epoch"
+        )
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    trainer.fit(1)
+    assert "on cpu (no CUDA here; device='auto' takes the MPS device)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_device_that_was_chosen_has_no_note(monkeypatch, capsys, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    make_trainer(device=device, progress="text").fit(1)
+    assert "on cpu, float32" in capsys.readouterr().out

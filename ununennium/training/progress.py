@@ -12,7 +12,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..notebook.kernel import has_front_end, running_kernel
+from .config import DEFAULT_DEVICE
 from .hooks import Display, RunView
 from .messages import format_score, warn
 from .restore import unwrap
@@ -108,6 +111,16 @@ def size_of(count: int) -> str:
     return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
+def device_note(trainer: RunView) -> str:
+    """Return that a run is on the CPU for want of a GPU, if nobody has asked for either."""
+    is_default = trainer.config.device is DEFAULT_DEVICE and trainer.device.type == "cpu"
+    if not is_default or torch.cuda.is_available():
+        return ""
+    if torch.backends.mps.is_available():
+        return "no CUDA here; device='auto' takes the MPS device"
+    return "no GPU here"
+
+
 def start_line(trainer: RunView) -> str:
     """Return what is trained, where, and on how many batches."""
     model, config = unwrap(trainer.model), trainer.config
@@ -115,7 +128,8 @@ def start_line(trainer: RunView) -> str:
     is_asked = str(config.device) == "cpu" and config.amp_dtype == "bfloat16"
     is_mixed = config.mixed_precision and (trainer.device.type == "cuda" or is_asked)
     precision = config.amp_dtype if is_mixed else "float32"
-    line = f"{type(model).__name__} ({size} parameters) on {trainer.device}, {precision}"
+    device = f"{trainer.device}" + (f" ({note})" if (note := device_note(trainer)) else "")
+    line = f"{type(model).__name__} ({size} parameters) on {device}, {precision}"
     if (count := count_batches(trainer.train_loader)) is None:
         return line
     each = getattr(trainer.train_loader, "batch_size", None)
