@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ununennium.training.dashboard as module
-from small import At, Clicks, button, make_batches, make_trainer, wait_for
+from small import AtStep, Clicks, button, make_batches, make_trainer, wait_for
 from ununennium import Callback, Dashboard, TrainerConfig
 from ununennium.notebook.kernel import LiveWidgets, has_front_end
 from ununennium.training.charts import PLOTLY, WIDGET, CellOutput, Charts, View, record_bundles
@@ -417,6 +417,6 @@ def test_the_dashboard_notes_while_it_runs_that_there_is_no_gpu(shown, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     notes, dashboard = [], Dashboard()
-    look = At("on_batch_end", 2, lambda trainer: notes.append(dashboard.recorder.log.note))
+    look = AtStep(2, lambda trainer: notes.append(dashboard.recorder.log.note))
     make_trainer(callbacks=[dashboard, look], device=TrainerConfig().device).fit(1)
     assert notes == ["training on the CPU: no GPU here"] and dashboard.recorder.log.note == ""

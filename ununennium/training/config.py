@@ -153,7 +153,7 @@ def check_settings(config: TrainerConfig) -> None:
     for name in FLAGS:
         check_flag(name, getattr(config, name))
 
-# %% ../../nbs/training/24_config.ipynb #1da80292
+# %% ../../nbs/training/24_config.ipynb #fe1d8329
 ELSEWHERE = {
     "lr": "Pass it to the optimizer.", "learning_rate": "Pass lr to the optimizer.",
     "weight_decay": "Pass it to the optimizer.", "batch_size": "Pass it to the DataLoader.",
