@@ -1,5 +1,6 @@
 """The dashboard without a kernel: buttons, pauses and files. It can never end training."""
 
+import contextlib
 import itertools
 import json
 import threading
@@ -416,6 +417,8 @@ def test_before_the_first_fit_there_is_nothing_to_show(shown):
 def test_the_dashboard_notes_while_it_runs_that_there_is_no_gpu(shown, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    live = lambda: contextlib.nullcontext(LiveWidgets())
+    monkeypatch.setattr(module, "live_widgets", live)
     notes, dashboard = [], Dashboard()
     look = AtStep(2, lambda trainer: notes.append(dashboard.recorder.log.note))
     make_trainer(callbacks=[dashboard, look], device=TrainerConfig().device).fit(1)
