@@ -146,3 +146,55 @@ def test_figures_of_unusual_runs():
         plot_chips(
             torch.zeros(2, 4, 8, 8), torch.full((2, 8, 8), 255), flood[:, 0], class_names=["a"]
         )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "plot_history({'val_loss': [1.0, 0.5]})",
+        "plot_chips(torch.rand(1, 3, 2, 2), *torch.zeros(2, 1, 2, 2).long())",
+        "plot_confusion(ConfusionMatrix(3))",
+    ],
+)
+def test_a_figure_without_matplotlib_says_what_to_install(call):
+    code = f"""
+import sys, torch
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name=name)
+
+sys.meta_path.insert(0, Without())
+from ununennium import *
+from ununennium.plots import *
+try:
+    {call}
+except ModuleNotFoundError as error:
+    print(error.name, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    assert done == (
+        "matplotlib A figure needs matplotlib, which is missing: pip install "
+        "'ununennium[notebook]'.\n"
+    )
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_histories_is_drawn_with_numbered_names(kind):
+    shorter = {"val_loss": [0.8, 0.6]}
+    figure = plot_history(kind([HISTORY, shorter]))
+    axis = figure.axes[0]
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["run 1: train_loss", "run 1: val_loss", "run 2: val_loss"]
+    named = plot_history({"run 1": HISTORY, "run 2": shorter}).axes[0]
+    drawn, expected = ([line.get_ydata().tolist() for line in a.lines] for a in (axis, named))
+    assert str(drawn) == str(expected)
+
+
+@pytest.mark.parametrize(("history", "kind"), [(["a"], "str"), (3, "int"), (object(), "object")])
+def test_something_else_than_a_history_is_refused_in_a_sentence(history, kind):
+    with pytest.raises(TypeError, match=f"draws what fit returned, not a {kind}. Pass trainer.h"):
+        plot_history(history)

@@ -34,10 +34,23 @@ def class_colour(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 # %% ../nbs/35_plots.ipynb #plots-008
+def require_pyplot() -> Any:
+    """Return pyplot, or raise a `ModuleNotFoundError` that says how to install matplotlib."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ModuleNotFoundError(
+            "A figure needs matplotlib, which is missing: pip install 'ununennium[notebook]'.",
+            name=error.name,
+        ) from error
+    return plt
+
+
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
     """Return a figure of a size in inches, and its axes as an array of rows."""
-    import matplotlib.pyplot as plt
-
+    plt = require_pyplot()
     figure = plt.figure(figsize=size, layout="constrained")
     plt.close(figure)  # else a notebook shows it twice
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -130,16 +143,32 @@ def plot_runs(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         draw_runs(axis, title, names, runs)
     return figure
 
+# %% ../nbs/35_plots.ipynb #89c2f5ec
+def named_runs(history: Any) -> Mapping[str, Any]:
+    """Return a history, or several by name; raise a `TypeError` for anything else."""
+    if isinstance(history, (list, tuple)):
+        history = {f"run {number}": each for number, each in enumerate(history, 1)}
+        kinds = {type(each).__name__ for each in history.values() if not isinstance(each, Mapping)}
+    else:
+        kinds = set() if isinstance(history, Mapping) else {type(history).__name__}
+    if kinds:
+        raise TypeError(
+            f"plot_history draws what fit returned, not a {kinds.pop()}. Pass trainer.history, or "
+            "several by name: plot_history({'first': one.history, 'second': other.history})."
+        )
+    return history
+
 # %% ../nbs/35_plots.ipynb #49c9301d
-def plot_history(history: Mapping[str, Any]) -> Figure:
+def plot_history(history: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Figure:
     """Draw loss, IoU, other scores and learning rate by epoch.
 
     Parameters
     ----------
     history
         What `fit` returned. Scores that it lacks get no panel. To compare runs, a dictionary of
-        histories by name.
+        histories by name, or a list of them.
     """
+    history = named_runs(history)
     if history and all(isinstance(values, Mapping) for values in history.values()):
         return plot_runs(history)
     panels = history_panels(history)
@@ -213,6 +242,7 @@ def legend_names(
 # %% ../nbs/35_plots.ipynb #plots-030
 def rgb_of(*colours: str) -> Tensor:
     """Return colours as numbers `(N, 3)` in 0..1."""
+    require_pyplot()
     from matplotlib.colors import to_rgb
 
     return torch.tensor([to_rgb(colour) for colour in colours])

@@ -5,6 +5,7 @@ On a CPU the same rules are tried with a CPU scaler and CPU autocast.
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import small
 from small import DEVICES, half, make_batches, make_trainer, same_history, same_state, small_net
-from ununennium import Callback, Trainer
+from ununennium import Callback, Trainer, TrainerConfig
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -48,6 +49,16 @@ def test_the_logged_norm_is_that_before_clipping():
     make_trainer(optimizer=sgd, callbacks=[Watch(norms)], gradient_clip=1e-3).fit(1)
     make_trainer(optimizer=sgd, callbacks=[Watch(free)], gradient_clip=0).fit(1)
     assert norms == free and min(norms) > 1e-3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_clipping_norm_of_0_clips_nothing_like_none(fused):
+    sgd = lambda p: torch.optim.SGD(p, lr=0.1, fused=fused)
+    clips = (0, None, 1e9, 0.1)  # beyond all gradients, and below
+    off, none, high, low = (make_trainer(optimizer=sgd, gradient_clip=clip) for clip in clips)
+    histories = [trainer.fit(2) for trainer in (off, none, high, low)]
+    assert same_state(off, none) and same_state(off, high) and not same_state(off, low)
+    assert histories[0] == histories[1] == histories[2] != histories[3]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -161,3 +172,34 @@ def test_cuda_without_a_gpu_warns_once_and_trains_on_the_cpu(monkeypatch):
         trainer = make_trainer(device="cuda")
     assert len(caught) == 1 and caught[0].filename == small.__file__
     trainer.fit(1)
+
+
+def test_the_default_device_without_a_gpu_is_told_in_the_first_line_and_not_warned(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    model, batches = small_net(), make_batches()
+    optimizer, loss = torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss()
+    for config in (TrainerConfig(1, progress="text"), replace(TrainerConfig(1), progress="text")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer = Trainer(
+                model, optimizer, loss, [(i, m % 3) for i, m in batches], config=config
+            )
+            trainer.fit(1)
+        first = capsys.readouterr().out.splitlines()[0]
+        assert (
+            first == "Sequential (83 parameters) on cpu (no GPU here), float32: 6 batches per epoch"
+        )
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    trainer.fit(1)
+    assert "on cpu (no CUDA here; device='auto' takes the MPS device)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_device_that_was_chosen_has_no_note(monkeypatch, capsys, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    make_trainer(device=device, progress="text").fit(1)
+    assert "on cpu, float32" in capsys.readouterr().out

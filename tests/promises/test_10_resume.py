@@ -33,6 +33,7 @@ from small import (
     same_state,
     small_net,
     start_process,
+    stop,
 )
 from ununennium import CheckpointCallback, EarlyStopping, Trainer, TrainerConfig
 
@@ -394,3 +395,20 @@ def test_callbacks_remember(tmp_path):
     second.fit(3)
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert len(files) == 4 and files[2:] == ["last.pt", "previous.pt"]
+
+
+@pytest.mark.parametrize("size", [3, 6])
+def test_an_epoch_resumed_with_another_batch_size_says_so(tmp_path, size):
+    data = [sample for batch in make_batches(12) for sample in zip(*batch, strict=True)]
+    stopped = make_trainer(DataLoader(data, 4, shuffle=True), callbacks=[AtStep(1, stop)])
+    stopped.fit(1)
+    stopped.save_checkpoint(tmp_path / "last.pt")
+    trainer = make_trainer(DataLoader(data, size, shuffle=True))
+    trainer.resume(tmp_path)
+    with pytest.warns(UserWarning, match="batch_size was 4") as caught:
+        trainer.fit(1)
+    effect = "repeated" if size == 3 else "left out"
+    assert [str(warning.message) for warning in caught] == [
+        f"The epoch resumes, but not exactly: batch_size was 4 and is now {size}, so samples of "
+        f"this epoch will be {effect}."
+    ]

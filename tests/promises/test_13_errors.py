@@ -543,3 +543,54 @@ def test_a_batch_that_could_not_be_unpacked_is_not_lost():
     trainer.fit(1)
     straight.fit(1)
     assert same_state(trainer, straight)
+
+
+@pytest.mark.parametrize("call", ["fit", "check"])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_class_weights_of_the_wrong_length_are_told_with_both_numbers(count, call):
+    batches = [(image, mask % 4) for image, mask in make_batches(2)]
+    loss = nn.CrossEntropyLoss(weight=torch.ones(count))
+    trainer = make_trainer(batches, model=small_net(4), loss=loss)
+    with pytest.raises(RuntimeError, match="weight tensor") as caught:
+        getattr(trainer, call)()
+    assert str(caught.value).endswith(
+        f"The loss CrossEntropyLoss has weights for {count} class{'' if count == 1 else 'es'}, and "
+        "the model has 4. Pass a weight for each class, such as class_weights(count_classes("
+        "dataset, num_classes=4)), or build the model for as many classes."
+    )
+
+
+def test_class_weights_inside_a_loss_of_your_own_are_told_as_well():
+    def loss(output, target):
+        return nn.functional.cross_entropy(output, target % 4, weight=torch.ones(3))
+
+    with pytest.raises(RuntimeError, match=r"has weights for another number of classes, and the m"):
+        make_trainer(model=small_net(4), loss=loss).fit(1)
+
+
+@pytest.mark.parametrize("call", ["fit", "check"])
+@pytest.mark.parametrize(
+    ("shape", "cure"),
+    [
+        ((2, 3, 4, 8, 8), "merge two dimensions in the dataset, such as times and bands"),
+        ((2, 1, 4, 8, 8), "In the dataset, return image.squeeze(0)."),
+        ((8, 8), "Let the dataset give images with their channels, and the loader batch them."),
+    ],
+)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_input_with_a_wrong_number_of_dimensions_is_told_with_its_shape(
+    shape, cure, norm_first, call
+):
+    model = nn.Sequential(nn.BatchNorm2d(4), small_net()) if norm_first else small_net()
+    trainer = make_trainer([(torch.ones(shape), torch.zeros(2, 8, 8).long())], model=model)
+    with pytest.raises(ValueError, match="dimensions") as caught:
+        getattr(trainer, call)()
+    text = str(caught.value)
+    assert text.startswith(f"The input has {len(shape)} dimensions, {shape}, and the model takes 4")
+    assert cure in text and caught.value.__cause__ is not None
+
+
+def test_a_later_layer_that_wants_other_dimensions_blames_no_input():
+    model = nn.Sequential(nn.Conv2d(4, 3, 1), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match=r"^expected 2D or 3D input \(got 4D input\)$"):
+        make_trainer(model=model).fit(1)

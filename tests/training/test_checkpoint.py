@@ -211,3 +211,46 @@ def test_errors_in_the_background_wait_in_the_result(tmp_path):
     finish_writing()
     with pytest.raises(CheckpointError, match="could not be written"):
         saving.result()
+
+
+# What to do with a file that is not a checkpoint.
+
+
+def message_of(path):
+    with pytest.raises(CheckpointError) as caught:
+        load_file(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "net"])
+def test_a_file_of_weights_is_refused_with_a_line_that_loads_them(tmp_path, key):
+    weights = torch.nn.Linear(2, 1).state_dict()
+    path = tmp_path / "weights.pt"
+    torch.save(weights if key is None else {"epoch": 3, key: weights}, path)
+    text = message_of(path)
+    line = text.partition("For the weights alone: ")[2].removesuffix(".")
+    model = torch.nn.Linear(2, 1)
+    eval(line, {"torch": torch, "model": model, "path": path})
+    assert torch.equal(model.weight, weights["weight"]) and "Nothing was loaded" in text
+
+
+def test_a_file_without_weights_is_refused_with_what_to_pass(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    assert message_of(tmp_path / "tensor.pt").endswith(
+        "found Tensor. Nothing was loaded. Use a file of Trainer.save_checkpoint or of a "
+        "CheckpointCallback."
+    )
+
+
+def test_a_damaged_last_file_is_refused_with_the_name_of_another_one(tmp_path):
+    for name in ("weights.pt", "previous.pt", "last.pt"):
+        save_file(state(), tmp_path / name)
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert message_of(tmp_path / "last.pt").endswith("use another file, such as previous.pt.")
+    os.remove(tmp_path / "previous.pt")
+    assert message_of(tmp_path / "last.pt").endswith("Nothing was loaded; use another file.")
+
+
+def test_a_file_with_a_whole_model_is_refused_in_a_sentence(tmp_path):
+    torch.save(torch.nn.Linear(2, 1), tmp_path / "model.pt")
+    assert "it holds objects, and reading them would run code" in message_of(tmp_path / "model.pt")

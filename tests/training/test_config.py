@@ -1,6 +1,10 @@
 """Settings are checked when they are written, and the message names the setting."""
 
+import copy
+import dataclasses
+import inspect
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -63,3 +67,36 @@ def test_only_the_first_five_settings_may_be_positional():
     assert TrainerConfig(5, "cpu", False, 2, None).accumulation_steps == 2
     with pytest.raises(TypeError):
         TrainerConfig(5, "cpu", False, 2, None, "float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("epoch", "Did you mean 'epochs'?"),
+        ("max_epochs", "Did you mean 'epochs'?"),
+        ("gradient_clip_val", "Did you mean 'gradient_clip'?"),
+        ("accumulation", "Did you mean 'accumulation_steps'?"),
+        ("lr", "Pass it to the optimizer."),
+        ("batch_size", "Pass it to the DataLoader."),
+        ("xyz", "The settings are epochs, device, "),
+    ],
+)
+def test_a_setting_with_a_slip_in_its_name_is_told_with_the_name_meant(name, hint):
+    for make in (TrainerConfig, lambda **new: dataclasses.replace(TrainerConfig(), **new)):
+        with pytest.raises(TypeError) as caught:
+            make(**{name: 3})
+        assert str(caught.value).startswith(f"TrainerConfig has no setting {name!r}. {hint}")
+
+
+def test_the_settings_are_still_a_dataclass_with_a_signature():
+    config = TrainerConfig(5, "cpu", seed=3)
+    names = [field.name for field in dataclasses.fields(config)]
+    assert list(inspect.signature(TrainerConfig).parameters) == names
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    assert TrainerConfig(**dataclasses.asdict(config)) == config
+
+    @dataclasses.dataclass
+    class Own(TrainerConfig):
+        rate: float = 0.1
+
+    assert Own(5, rate=0.2).rate == 0.2 and Own(5).epochs == 5

@@ -1,5 +1,6 @@
 """The dashboard without a kernel: buttons, pauses and files. It can never end training."""
 
+import contextlib
 import itertools
 import json
 import threading
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 import ununennium.training.dashboard as module
-from small import Clicks, button, make_batches, make_trainer, wait_for
-from ununennium import Callback, Dashboard
+from small import AtStep, Clicks, button, make_batches, make_trainer, wait_for
+from ununennium import Callback, Dashboard, TrainerConfig
 from ununennium.notebook.kernel import LiveWidgets, has_front_end
 from ununennium.training.charts import PLOTLY, WIDGET, CellOutput, Charts, View, record_bundles
 from ununennium.training.checkpoint import CheckpointError
@@ -411,3 +412,14 @@ def test_before_the_first_fit_there_is_nothing_to_show(shown):
     make_trainer(make_batches(1), callbacks=[dashboard])
     dashboard._ipython_display_()
     assert [forms["text/plain"] for forms in shown] == ["ready · fit() has not been called yet"]
+
+
+def test_the_dashboard_notes_while_it_runs_that_there_is_no_gpu(shown, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    live = lambda: contextlib.nullcontext(LiveWidgets())
+    monkeypatch.setattr(module, "live_widgets", live)
+    notes, dashboard = [], Dashboard()
+    look = AtStep(2, lambda trainer: notes.append(dashboard.recorder.log.note))
+    make_trainer(callbacks=[dashboard, look], device=TrainerConfig().device).fit(1)
+    assert notes == ["training on the CPU: no GPU here"] and dashboard.recorder.log.note == ""

@@ -1,8 +1,11 @@
 """What could never be called is found when the trainer is built."""
 
+import warnings
+
 import pytest
 
-from ununennium import Callback
+from small import At, boom, make_batches, make_trainer
+from ununennium import EMA, Callback, CheckpointCallback, EarlyStopping
 from ununennium.training.hook_checks import check_callbacks, check_hooks
 
 
@@ -58,3 +61,98 @@ def test_a_hook_has_to_take_the_loops_arguments():
 
     with pytest.raises(TypeError, match="does not fit the loop's call"):
         check_hooks(Short())
+
+
+def folds(tmp_path, callbacks, count=2):
+    """Train a new trainer per fold with the same list of callbacks; return what was warned."""
+    told = []
+    for fold in range(count):
+        trainer = make_trainer(make_batches(3, seed=fold), make_batches(2), callbacks=callbacks)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(1)
+            trainer.fit(1)
+        told.append([str(w.message) for w in caught if "another trainer" in str(w.message)])
+    return told
+
+
+def test_callbacks_shared_by_folds_are_told_at_the_start_of_the_second_fit(tmp_path):
+    told = folds(tmp_path, [EarlyStopping(), CheckpointCallback(tmp_path), EMA()], 3)
+    assert list(map(len, told)) == [0, 1, 1]
+    assert told[1][0].startswith(
+        f"EarlyStopping, CheckpointCallback({str(tmp_path)!r}), EMA served another trainer "
+        "before. What was remembered of that run is forgotten now. In the folder its last.pt is "
+        "renamed, and its best models stay beside the new ones. Build new callbacks for each "
+        f"trainer, each with a folder: CheckpointCallback({str(tmp_path / 'fold-2')!r})."
+    )
+
+
+class Slotted(Callback):
+    __slots__ = ("count",)
+    __hash__ = None
+
+    def __eq__(self, other):
+        return True
+
+    def state_dict(self):
+        return {}
+
+
+def test_callbacks_without_memory_may_be_shared(tmp_path):
+    class Count(Callback):
+        epochs = 0
+
+        def on_epoch_end(self, trainer, epoch, logs):
+            self.epochs += 1
+
+    count = Count()
+    assert folds(tmp_path, [count, Slotted()]) == [[], []] and count.epochs == 4
+
+
+def test_new_callbacks_and_a_run_that_had_not_begun_are_not_told(tmp_path):
+    def make(callbacks):
+        return make_trainer(val=make_batches(2), callbacks=callbacks)
+
+    callbacks = [EarlyStopping(), CheckpointCallback(tmp_path)]
+    failing = make([*callbacks, At("on_batch_start", 1, boom)])
+    with pytest.raises(RuntimeError, match="boom"):
+        failing.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = make(callbacks)
+        trainer.fit(1)
+        trainer.fit(1)
+        again = make([EarlyStopping(), CheckpointCallback(tmp_path / "again")])
+        again.fit(1)
+
+
+def test_a_trainer_rebuilt_with_the_same_callbacks_that_resumes_is_not_told(tmp_path):
+    callbacks = [EarlyStopping(), CheckpointCallback(tmp_path)]
+    make_trainer(val=make_batches(2), callbacks=callbacks).fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rebuilt = make_trainer(val=make_batches(2), callbacks=callbacks)
+        rebuilt.resume(tmp_path)
+        assert rebuilt.fit(1)["val_loss"] and rebuilt.epoch == 2
+
+
+def test_a_run_whose_callbacks_served_another_one_is_told_when_it_continues(tmp_path):
+    callbacks = [EarlyStopping()]
+    first, second = (make_trainer(val=make_batches(2), callbacks=callbacks) for _ in range(2))
+    first.fit(1)
+    with pytest.warns(UserWarning, match="What was remembered of that run is forgotten now"):
+        second.fit(1)
+    with pytest.warns(UserWarning, match="EarlyStopping served another trainer before. What is re"):
+        first.fit(1)
+
+
+def test_a_callback_of_your_own_with_a_memory_is_told(tmp_path):
+    class Best(Callback):
+        def state_dict(self):
+            return {}
+
+    told = folds(tmp_path, [Best()])
+    assert told[1] == [
+        "Best served another trainer before. Best still remembers that run, unless on_train_start "
+        "resets. Build new callbacks for each trainer."
+    ]

@@ -1,5 +1,6 @@
 """Warnings point at the user's code, numbers are checked, hints are added once."""
 
+import math
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ from ununennium.training.messages import (
     TrainingWarning,
     add_hint,
     format_bytes,
+    format_score,
     warn,
     whole_number,
 )
@@ -79,3 +81,15 @@ def test_a_hint_is_appended_once():
 )  # fmt: skip
 def test_bytes_for_reading(count, text):
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (310293721832432336896.0, "3.103e+20"), (1e5, "1.000e+05"), (99999.0, "99999.0000"),
+        (-2e7, "-2.000e+07"), (9e-5, "9.000e-05"), (1e-4, "0.0001"), (0.0, "0.0000"),
+        (0.51234, "0.5123"), (math.inf, "inf"), (math.nan, "nan"),
+    ],
+)  # fmt: skip
+def test_huge_and_tiny_scores_are_written_with_a_power_of_ten(value, text):
+    assert format_score(value) == text

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ununennium.training.progress as module
-from small import make_batches, make_trainer
+from small import At, make_batches, make_trainer, raising
 from ununennium import Dashboard
 from ununennium.notebook.kernel import has_front_end
 from ununennium.training.progress import (
@@ -71,6 +71,14 @@ def test_missing_libraries_are_named(front_end, monkeypatch):
         default_display("auto")
     with pytest.raises(ImportError, match="needs plotly"):
         default_display("dashboard")
+
+
+def test_a_dashboard_of_your_own_without_plotly_says_what_to_install(shown, monkeypatch):
+    monkeypatch.setattr(module, "missing_libraries", lambda: ["plotly"])
+    trainer = make_trainer(make_batches(2), callbacks=[Dashboard()])
+    with pytest.warns(UserWarning, match="is switched off; training continues") as caught:
+        trainer.fit(1)
+    assert str(caught[0].message).endswith("needs plotly: pip install 'ununennium[notebook]'.")
 
 
 def test_a_dashboard_needs_a_kernel():
@@ -149,3 +157,50 @@ def test_the_first_line_of_a_run_says_what_is_trained():
     assert [size_of(n) for n in (999, 1000, 99_960, 999_600, 12_400_000)] == [
         "999", "1.0 k", "100 k", "1.0 M", "12 M",
     ]  # fmt: skip
+
+
+def explode(output, target):
+    return nn.functional.cross_entropy(output, target, ignore_index=255) * 1e9
+
+
+def test_a_huge_loss_is_shown_with_a_power_of_ten(capsys):
+    bar, shown = BarProgress(), []
+    look = At("on_batch_end", 1, lambda trainer: shown.append(bar.bar.postfix))
+    trainer = make_trainer(loss=explode, ignore_index=255, callbacks=[bar, look])
+    (loss,) = trainer.fit(1)["train_loss"]
+    assert f"train_loss {loss:.3e}  " in capsys.readouterr().out
+    assert re.fullmatch(r"loss=\d\.\d{3}e\+09", shown[0])
+
+
+@pytest.mark.parametrize("display", [TextProgress, BarProgress])
+@pytest.mark.parametrize(
+    ("hook", "when", "where"),
+    [
+        ("on_batch_end", 3, "in epoch 1, after batch 3"),
+        ("on_batch_end", 9, "in epoch 2, after batch 3"),
+        ("on_batch_start", 1, "in epoch 1"),
+        ("on_epoch_start", 2, "after epoch 1"),
+        ("on_epoch_end", 1, "after epoch 1"),
+    ],
+)
+def test_an_error_is_told_once_and_the_line_says_where(display, hook, when, where, capsys):
+    callbacks = [At(hook, when, raising(ValueError("The mask has the label 7."))), display()]
+    trainer = make_trainer(callbacks=callbacks)
+    with pytest.raises(ValueError, match="label 7"):
+        trainer.fit(3)
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"stopped by an error {where}: ValueError"
+    assert "label 7" not in out
+    trainer.request_stop("unheard of")  # a new fit forgets it, and the error
+    trainer.fit(1)
+    assert "stopped" not in capsys.readouterr().out
+
+
+def test_an_interrupt_is_no_error(capsys):
+    trainer = make_trainer(
+        callbacks=[At("on_batch_end", 3, raising(KeyboardInterrupt())), TextProgress()]
+    )
+    trainer.fit(1)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "stopped (epoch 1, after batch 3): interrupted"
+    )

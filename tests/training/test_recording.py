@@ -176,6 +176,26 @@ def test_states_before_a_batch_are_those_after_the_workers_last():
     assert unpickled(states.latest)[1] == {"torch": 5, "own": []}
 
 
+@pytest.mark.parametrize("size", [3, 5, 4])
+@pytest.mark.parametrize("kind", [RandomSampler, list])
+def test_another_batch_size_is_told_with_both_sizes(size, kind):
+    sampler = ResumableSampler(BatchSampler(kind(range(24)), 4, False))
+    list(islice(sampler, 2))
+    problem = ResumableSampler(BatchSampler(kind(range(24)), size, False)).resume(sampler.state(2))
+    effect = {3: "repeated", 5: "left out"}.get(size)
+    told = f"batch_size was 4 and is now {size}, so samples of this epoch will be {effect}"
+    assert problem == (told if effect else "")
+
+
+def test_a_position_of_an_earlier_version_has_no_batch_size():
+    sampler = ResumableSampler(BatchSampler(RandomSampler(range(24)), 4, False))
+    list(islice(sampler, 2))
+    position = sampler.state(1)
+    del position["batch_size"]
+    again = ResumableSampler(BatchSampler(RandomSampler(range(24)), 3, False))
+    assert "draws its order as it goes" in again.resume(position)
+
+
 def test_only_what_a_worker_sent_is_unpickled():
     states = {0: {"torch": PickledState(pickle.dumps(7)), "own": pickle.dumps(7)}}
     assert unpickled(states) == {0: {"torch": 7, "own": pickle.dumps(7)}}

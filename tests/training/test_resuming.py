@@ -1,5 +1,7 @@
 """Which file of a folder a run continues from, and what is said about it."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -66,3 +68,20 @@ def test_a_changed_learning_rate_is_told_when_a_run_resumes(tmp_path, capsys):
         assert line.startswith(f"Resuming from {tmp_path / 'last.pt'} (after epoch 1, step ")
         assert said in line and ("goes on with" in line) == bool(said)
         assert trainer.optimizer.param_groups[0]["lr"] == parts["rate"]
+
+
+def test_a_damaged_last_file_is_left_out_without_a_word_that_nothing_was_loaded(tmp_path):
+    stopped = make_run()
+    stopped.fit()
+    previous = stopped.save_checkpoint(tmp_path / "previous.pt")
+    damaged = stopped.save_checkpoint(tmp_path / "last.pt")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 255
+    damaged.write_bytes(content)
+    trainer = make_run(stops=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert resume(trainer.run, tmp_path, print) == previous
+    (text,) = [str(warning.message) for warning in caught]
+    assert text.startswith("last.pt is left out, and the next newest file is tried.")
+    assert "loaded" not in text and "another file" not in text and trainer.global_step == 8

@@ -11,6 +11,7 @@ from ununennium.training.status import (
     record_html,
     record_text,
     share_done,
+    status_facts,
     status_html,
 )
 
@@ -70,3 +71,8 @@ def test_a_run_of_only_nan_has_a_status():
     log = RunLog("done", epoch=3, goal=3)
     log.history = {"train_loss": [math.nan] * 3, "val_IoU": [math.nan] * 3}
     assert "mean IoU nan" in status_html(log) and "nan" in record_html(log)
+
+
+def test_a_huge_loss_on_the_dashboard_has_a_power_of_ten():
+    log = RunLog(history={"train_loss": [3.1e20], "val_loss": [2e-5], "val_IoU": [0.5]})
+    assert status_facts(log) == "train loss 3.10e+20 · val loss 2.00e-05 · mean IoU 0.500"

@@ -345,6 +345,9 @@ class CellOutput:
         self._handle = DisplayHandle()
         self._handle.display(live_bundle(log, view), raw=True)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Return None: the copy of a run has no cell yet."""
+
     def keep_record(self) -> None:
         """Replace the widgets by the record, unless the page was reloaded."""
         from IPython.display import display

@@ -204,6 +204,13 @@ def check_exists(path: Path) -> None:
         raise CheckpointError(f"There is no checkpoint file at {path}.{hint}")
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-046
+def other_file(path: Path) -> str:
+    """Return which file to use in place of one that cannot be read."""
+    paths = [path.with_name(name) for name in ("last.pt", "previous.pt") if name != path.name]
+    names = [f", such as {other.name}" for other in paths if other.is_file()]
+    return f"use another file{''.join(names[:1])}."
+
+
 def read_archive(path: Path) -> Any:
     """Read what `torch.save` wrote into host memory, without unpickling code."""
     try:
@@ -214,19 +221,35 @@ def read_archive(path: Path) -> Any:
     except Exception as error:
         lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
         reason = lines[0][:200] if lines else type(error).__name__
+        if reason.startswith("Weights only load failed"):
+            reason = "it holds objects, and reading them would run code"
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint of this package ({path.stat().st_size} bytes; "
-            f"{reason}). Nothing was loaded; use another file."
+            f"{reason}). Nothing was loaded; {other_file(path)}"
         ) from error
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-052
+def weights_hint(state: Any) -> str:
+    """Return how to load what is not a checkpoint, if it has a model's weights."""
+
+    def are_weights(part: Any) -> bool:
+        is_full = isinstance(part, Mapping) and len(part) > 0
+        return is_full and all(isinstance(value, Tensor) for value in part.values())
+
+    parts = state.items() if isinstance(state, Mapping) else ()
+    key = next((f"[{name!r}]" for name, part in parts if are_weights(part)), None)
+    if are_weights(state) or key:
+        return f"For the weights alone: model.load_state_dict(torch.load(path){key or ''})."
+    return "Use a file of Trainer.save_checkpoint or of a CheckpointCallback."
+
+
 def check_has_model(state: Any, path: Path) -> None:
     """Raise if a file's content is not a dictionary with a model's state."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
         found = sorted(map(str, state))[:5] if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
             f"{path} is not a checkpoint of this package: expected a dictionary with 'model', "
-            f"found {found}. Nothing was loaded."
+            f"found {found}. Nothing was loaded. {weights_hint(state)}"
         )
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-055
@@ -237,7 +260,7 @@ def check_checksum(state: dict[str, Any], path: Path) -> None:
     if type(noted) is not int or noted != actual:
         raise CheckpointError(
             f"{path} has changed since it was saved: its checksum is wrong. Nothing was loaded; "
-            "use another file."
+            f"{other_file(path)}"
         )
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-059

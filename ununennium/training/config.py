@@ -5,9 +5,12 @@
 # %% ../../nbs/training/24_config.ipynb #331353c4
 from __future__ import annotations
 
+import difflib
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any
 
 from ..metrics import check_scores
 from .messages import whole_number
@@ -64,6 +67,9 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r} must be True or False.{FLAGS[name]}")
 
 # %% ../../nbs/training/24_config.ipynb #29796ac7
+DEFAULT_DEVICE = str(b"cuda", "ascii")  # not the literal "cuda", of which there is one only
+
+# %% ../../nbs/training/24_config.ipynb #d9cb20db
 @dataclass
 class TrainerConfig:
     """Settings of a `Trainer`.
@@ -107,7 +113,7 @@ class TrainerConfig:
     """
 
     epochs: int = 100
-    device: str = "cuda"
+    device: str = DEFAULT_DEVICE
     mixed_precision: bool = True
     accumulation_steps: int = 1
     gradient_clip: float | None = 1.0
@@ -146,3 +152,34 @@ def check_settings(config: TrainerConfig) -> None:
     check_clip(config.gradient_clip)
     for name in FLAGS:
         check_flag(name, getattr(config, name))
+
+# %% ../../nbs/training/24_config.ipynb #fe1d8329
+ELSEWHERE = {
+    "lr": "Pass it to the optimizer.", "learning_rate": "Pass lr to the optimizer.",
+    "weight_decay": "Pass it to the optimizer.", "batch_size": "Pass it to the DataLoader.",
+    "num_workers": "Pass it to the DataLoader.", "shuffle": "Pass it to the DataLoader.",
+    "patience": "Pass it to EarlyStopping.", "monitor": "Pass it to CheckpointCallback.",
+}  # fmt: skip
+
+
+def no_setting(name: str, known: Sequence[str]) -> str:
+    """Return what to do about a name that is no setting."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    meant = f"Did you mean {close[0]!r}?" if close else f"The settings are {', '.join(known)}."
+    return f"TrainerConfig has no setting {name!r}. {ELSEWHERE.get(name, meant)}"
+
+
+def refuse_others(config: type[Any]) -> None:
+    """Let a class of settings raise a `TypeError` that says what an unknown name may mean."""
+    known, set_all = [field.name for field in fields(config)], config.__init__
+
+    @functools.wraps(set_all)
+    def __init__(self: Any, *values: Any, **settings: Any) -> None:
+        if others := [name for name in settings if name not in known]:
+            raise TypeError(no_setting(others[0], known))
+        set_all(self, *values, **settings)
+
+    config.__init__ = __init__
+
+
+refuse_others(TrainerConfig)

@@ -18,6 +18,7 @@ from .callbacks import CheckpointCallback
 from .charts import CellOutput, View, display_run
 from .hooks import Display, RunView
 from .messages import whole_number
+from .progress import device_note, require_libraries
 from .runlog import RunRecorder, add_mark
 
 # %% auto #0
@@ -256,10 +257,12 @@ class LiveRun:
     def __init__(
         self, trainer: RunView, recorder: RunRecorder, folder: Path | None, height: int
     ) -> None:
-        self.trainer, self.log, self._announced = trainer, recorder.log, ""
+        require_libraries()
+        note = f"training on the CPU: {text}" if (text := device_note(trainer)) else ""
+        self.trainer, self.log, self._announced = trainer, recorder.log, note
         with contextlib.ExitStack() as stack:
             live = stack.enter_context(live_widgets())
-            self.log.note = live.problem or ""
+            self.log.note = live.problem or note
             self.view = View(BUTTONS, height)
             self.painter = Painter(recorder, self.view, live.lock)
             self.buttons = Buttons(trainer, self.painter, live, save_folder(trainer, folder))

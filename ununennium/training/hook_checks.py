@@ -5,12 +5,16 @@
 # %% ../../nbs/training/26_hook_checks.ipynb #f00b56db
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from .hooks import HOOKS, Callback, has_hook
+from .hooks import HOOKS, Callback, RunView, has_hook, is_fresh
+from .messages import warn
 
 # %% auto #0
 __all__ = []
@@ -82,3 +86,57 @@ def check_callbacks(callbacks: Sequence[Any] | None) -> None:
                 f"{callback!r} among the callbacks has none of the hooks: {', '.join(HOOKS)}."
             )
         check_hooks(callback)
+
+# %% ../../nbs/training/26_hook_checks.ipynb #010dbcf4
+_served: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def note_service(callbacks: Iterable[Any], progress: Any) -> None:
+    """Note of which run, known by its progress, the callbacks with a memory remember something."""
+    for callback in callbacks:
+        if hasattr(callback, "state_dict"):
+            with contextlib.suppress(TypeError):  # it cannot be a key
+                _served[callback] = progress
+
+
+def taken_over(callbacks: Iterable[Any], progress: Any) -> list[Any]:
+    """Return the callbacks that remember another run, one that has trained."""
+    found = []
+    for callback in callbacks:
+        with contextlib.suppress(TypeError):
+            last = _served.get(callback, progress)
+            if last is not progress and (last.epoch or last.global_step):
+                found.append(callback)
+    return found
+
+# %% ../../nbs/training/26_hook_checks.ipynb #38a86ae5
+def sharing_text(callbacks: list[Any], is_new: bool) -> str:
+    """Return what becomes of callbacks that served another trainer, and what to do."""
+    paths = [getattr(each, "dirpath", None) for each in callbacks]
+    folders = [path for path in paths if isinstance(path, Path)]
+    names = [
+        type(each).__name__ + (f"({str(path)!r})" if path in folders else "")
+        for each, path in zip(callbacks, paths, strict=True)
+    ]
+    text = f"{', '.join(names)} served another trainer before. "
+    if not is_new:
+        text += "What is remembered is of that run, not of this one. "
+    elif own := [each for each in callbacks if not type(each).__module__.startswith("ununennium")]:
+        text += f"{type(own[0]).__name__} still remembers that run, unless on_train_start resets. "
+    else:
+        text += "What was remembered of that run is forgotten now. "
+    if folders and is_new:
+        text += (
+            "In the folder its last.pt is renamed, and its best models stay beside the new ones. "
+        )
+    advice = ""
+    if folders:
+        advice = f", each with a folder: CheckpointCallback({str(folders[0] / 'fold-2')!r})"
+    return f"{text}Build new callbacks for each trainer{advice}."
+
+
+def begin_service(trainer: RunView, progress: Any) -> None:
+    """Warn of callbacks that remember another run; from now on they remember this one."""
+    if shared := taken_over(trainer.callbacks, progress):
+        warn(sharing_text(shared, is_fresh(trainer)))
+    note_service(trainer.callbacks, progress)

@@ -86,3 +86,9 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+# %% ../../nbs/training/10_messages.ipynb #3cea7a43
+def format_score(value: float, digits: int = 4) -> str:
+    """Return a score for reading: `"0.5123"`, `"3.103e+20"`, `"2.500e-05"`."""
+    is_far = math.isfinite(value) and value != 0 and not 10**-digits <= abs(value) < 1e5
+    return f"{value:.{digits - 1}e}" if is_far else f"{value:.{digits}f}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from .config import TrainerConfig
+from .config import DEFAULT_DEVICE, TrainerConfig
 from .messages import warn
 
 # %% auto #0
@@ -85,6 +85,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
         return cuda_device(device.index)
     if device.type not in ("cuda", "mps") or device.type == best_device():
         return device
+    if name is DEFAULT_DEVICE:  # the first line of the run says so; see *progress*
+        return torch.device("cpu")
     kind = "GPU" if device.type == "cuda" else "MPS device"
     warn(
         f"PyTorch sees no {kind} here, so training is on the CPU instead of {str(name)!r}. "

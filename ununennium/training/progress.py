@@ -12,9 +12,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..notebook.kernel import has_front_end, running_kernel
+from .config import DEFAULT_DEVICE
 from .hooks import Display, RunView
-from .messages import warn
+from .messages import format_score, warn
 from .restore import unwrap
 
 if TYPE_CHECKING:
@@ -60,7 +63,7 @@ def epoch_line(trainer: RunView, epoch: int, logs: Mapping[str, float]) -> str:
     for name, value in logs.items():
         if "/" in name or name == "val_IoU_classes" or name in counts:
             continue
-        parts.append(f"{name} {value:.3g}" if name == "lr" else f"{name} {value:.4f}")
+        parts.append(f"{name} {f'{value:.3g}' if name == 'lr' else format_score(value)}")
         if name == "val_IoU":
             parts[-1] += f" {classes_note(logs)}"
     return "  ".join([*parts, *count_notes(logs)])
@@ -108,6 +111,16 @@ def size_of(count: int) -> str:
     return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
+def device_note(trainer: RunView) -> str:
+    """Return that a run is on the CPU for want of a GPU, if nobody has asked for either."""
+    is_default = trainer.config.device is DEFAULT_DEVICE and trainer.device.type == "cpu"
+    if not is_default or torch.cuda.is_available():
+        return ""
+    if torch.backends.mps.is_available():
+        return "no CUDA here; device='auto' takes the MPS device"
+    return "no GPU here"
+
+
 def start_line(trainer: RunView) -> str:
     """Return what is trained, where, and on how many batches."""
     model, config = unwrap(trainer.model), trainer.config
@@ -115,7 +128,8 @@ def start_line(trainer: RunView) -> str:
     is_asked = str(config.device) == "cpu" and config.amp_dtype == "bfloat16"
     is_mixed = config.mixed_precision and (trainer.device.type == "cuda" or is_asked)
     precision = config.amp_dtype if is_mixed else "float32"
-    line = f"{type(model).__name__} ({size} parameters) on {trainer.device}, {precision}"
+    device = f"{trainer.device}" + (f" ({note})" if (note := device_note(trainer)) else "")
+    line = f"{type(model).__name__} ({size} parameters) on {device}, {precision}"
     if (count := count_batches(trainer.train_loader)) is None:
         return line
     each = getattr(trainer.train_loader, "batch_size", None)
@@ -123,8 +137,13 @@ def start_line(trainer: RunView) -> str:
     return f"{line}: {batches}{f' of {each}' if each else ''} per epoch"
 
 # %% ../../nbs/training/32_progress.ipynb #progress-018
-def stop_line(trainer: RunView) -> str:
+def stop_line(trainer: RunView, error: BaseException | None = None) -> str:
     """Return why a run stopped before its goal, or an empty text if it did not."""
+    if error is not None and not isinstance(error, KeyboardInterrupt):
+        where = f"after epoch {trainer.epoch}" if trainer.epoch else "in epoch 1"
+        if trainer.batch:
+            where = f"in epoch {trainer.epoch + 1}, after batch {trainer.batch}"
+        return f"stopped by an error {where}: {type(error).__name__}"
     if not trainer.stop_reason:
         return ""
     where = f" (epoch {trainer.epoch + 1}, after batch {trainer.batch})" if trainer.batch else ""
@@ -135,10 +154,11 @@ class TextProgress(Display):
     """A line at the start, then one per epoch, for logs."""
 
     pace: Pace | None = None
+    error: BaseException | None = None  # that ended the run
 
     def on_train_start(self, trainer: RunView) -> None:
         """Write what is trained."""
-        self.pace = Pace()
+        self.pace, self.error = Pace(), None
         self.announce(start_line(trainer))
 
     def on_epoch_end(self, trainer: RunView, epoch: int, logs: dict[str, float]) -> None:
@@ -146,10 +166,15 @@ class TextProgress(Display):
         time = self.pace.note(trainer.goal - epoch - 1) if self.pace else ""
         self.announce("  ".join(filter(None, (epoch_line(trainer, epoch, logs), time))))
 
+    def on_exception(self, trainer: RunView, error: BaseException) -> None:
+        """Note what ended the run."""
+        self.error = error
+
     def on_train_end(self, trainer: RunView) -> None:
         """Write why the run stopped before its goal, and what else one should know."""
-        for line in filter(None, [stop_line(trainer), *trainer.problems]):
+        for line in filter(None, [stop_line(trainer, self.error), *trainer.problems]):
             self.announce(line)
+        self.error = None
 
 # %% ../../nbs/training/32_progress.ipynb #progress-027
 def bar_title(trainer: RunView) -> str:
@@ -189,7 +214,8 @@ class BarProgress(TextProgress):
         now = time.monotonic()
         if now - self.last_read > 0.5 and "train_loss" in logs:
             self.last_read = now
-            self.bar.set_postfix(loss=f"{float(logs['train_loss']):.4g}", refresh=False)
+            loss = format_score(float(logs["train_loss"]))
+            self.bar.set_postfix(loss=loss, refresh=False)
         self.bar.update()
         if self.bar.total == self.bar.n and trainer.val_loader is not None:
             self.bar.set_description(f"{bar_title(trainer)} validating")
@@ -215,6 +241,17 @@ def missing_libraries() -> list[str]:
     """Return which of the dashboard's libraries are not installed."""
     wanted = ("ipywidgets", "plotly", "anywidget")
     return [name for name in wanted if importlib.util.find_spec(name) is None]
+
+
+def libraries_text(missing: Sequence[str]) -> str:
+    """Return how to install missing libraries."""
+    return f"The dashboard needs {', '.join(missing)}: pip install 'ununennium[notebook]'."
+
+
+def require_libraries() -> None:
+    """Raise a `ModuleNotFoundError` if one of the dashboard's libraries is not installed."""
+    if missing := missing_libraries():
+        raise ModuleNotFoundError(libraries_text(missing), name=missing[0])
 
 # %% ../../nbs/training/32_progress.ipynb #progress-036
 def find_dashboard(callbacks: Iterable[object]) -> Dashboard | None:
@@ -243,21 +280,19 @@ def default_display(progress: str, callbacks: Sequence[object] = ()) -> Display 
         )
     if progress == "none":
         return None
-    missing = missing_libraries()
-    hint = f"The dashboard needs {', '.join(missing)}: pip install 'ununennium[notebook]'."
     if progress == "dashboard":
         if running_kernel() is None:
             raise ValueError(
                 "progress='dashboard' needs a Jupyter kernel, and none is running. Pass 'auto', "
                 "which shows a bar or text where there is no notebook."
             )
-        if missing:
-            raise ImportError(hint)
+        require_libraries()
         return None if own else Dashboard(always=True)
     if progress == "auto":
+        missing = missing_libraries() if has_front_end() else []
         if has_front_end() and not missing:
             return None if own else Dashboard()
         if has_front_end():
-            warn(f"Progress is shown as text. {hint}")
+            warn(f"Progress is shown as text. {libraries_text(missing)}")
         progress = "bar" if sys.stdout.isatty() else "text"
     return {"bar": BarProgress, "text": TextProgress}[progress]()

@@ -108,6 +108,14 @@ def not_repeatable(sampler: Any) -> str:
         "samples from the start of the epoch may be repeated"
     )
 
+# %% ../../nbs/training/44_recording.ipynb #e7f75133
+def size_problem(then: Any, now: Any) -> str:
+    """Return what it means for an open epoch that the batch size has changed, or ""."""
+    if type(then) is not int or type(now) is not int or then == now:
+        return ""
+    effect = "repeated" if now < then else "left out"
+    return f"batch_size was {then} and is now {now}, so samples of this epoch will be {effect}"
+
 # %% ../../nbs/training/44_recording.ipynb #862a1425
 class ResumableSampler:
     """Wrap a sampler: record what it draws, and continue an epoch from such a record.
@@ -147,7 +155,8 @@ class ResumableSampler:
         """
         self.drawn.forget(number)
         drawn = DrawnIndices(self.drawn.first, self.drawn.checksum) if draws_again else self.drawn
-        return {"random": self.random, **drawn.state()}
+        size = getattr(self.sampler, "batch_size", None)
+        return {"random": self.random, "batch_size": size, **drawn.state()}
 
     def resume(self, position: dict[str, Any]) -> str:
         """Let the next iterator begin at a position; return why that is not exact, or ""."""
@@ -157,7 +166,10 @@ class ResumableSampler:
         drawn, indices = draw_again(self, position["random"], first + position["count"])
         self.remaining = chain(position["indices"] or drawn[first:], indices)
         self.drawn = DrawnIndices(first, position["checksum"])
-        return "" if checksum_of(drawn) == position["end"] else not_repeatable(self.sampler)
+        size = getattr(self.sampler, "batch_size", None)
+        is_same = checksum_of(drawn) == position["end"]
+        problem = "" if is_same else not_repeatable(self.sampler)
+        return size_problem(position.get("batch_size"), size) or problem
 
 # %% ../../nbs/training/44_recording.ipynb #recording-037
 class StatefulCollate:

@@ -22,6 +22,7 @@ from .checkpoint import CheckpointError, copy_to_host
 from .checkpoint import finish_writing, in_background
 from .checkpoint import save_file, save_in_background
 from .epoch import epoch_state, inherit_epoch, load_epoch
+from .hook_checks import note_service
 from .lockstep import shared_call
 from .messages import add_hint, warn
 from .restore import check_tensors, group_settings, load_model
@@ -106,6 +107,7 @@ def restore_callbacks(run: Run, saved: dict[str, Any]) -> None:
         entry = next((entry for entry in left if entry[0] == type(callback).__name__), None)
         if entry is not None and hasattr(callback, "load_state_dict"):
             load_callback(callback, entry[1])
+            note_service([callback], run.progress)
             left.remove(entry)
         elif entry is None and hasattr(callback, "load_state_dict"):
             warn_of_memory(type(callback).__name__, "the file has no state for it")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 
-from .messages import format_bytes
+from .messages import format_bytes, format_score
 from .progress import duration
 from .runlog import RunLog
 from .state import History
@@ -54,7 +54,8 @@ def share_done(log: RunLog) -> float:
 def status_facts(log: RunLog) -> str:
     """Return the latest scores, the speed and the memory."""
     names = (("train_loss", "train loss"), ("val_loss", "val loss"), ("val_IoU", "mean IoU"))
-    parts = [f"{label} {log.history[n][-1]:.3f}" for n, label in names if log.history.get(n)]
+    latest = [(label, log.history[n][-1]) for n, label in names if log.history.get(n)]
+    parts = [f"{label} {format_score(score, digits=3)}" for label, score in latest]
     if log.speed.samples_per_second is not None:
         parts.append(f"{log.speed.samples_per_second:.3g} samples/s")
     if log.speed.waiting is not None:

@@ -61,6 +61,43 @@ class BatchMethods(Protocol):
         ...
 
 # %% ../../nbs/training/50_task.ipynb #5e253867
+FORMS = {3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}  # by number of dimensions
+WANTED_DIMENSIONS = re.compile(
+    r"xpected (?:\dD (?:\(unbatched\) )?or )?(\d)D (?:\(batched\) )?input"
+)
+
+
+def explain_dimensions(error: Exception, inputs: Any, model: nn.Module) -> Exception | None:
+    """Return an error for an input with too many or too few dimensions; None for another input."""
+    found = WANTED_DIMENSIONS.search(str(error))
+    if found is None or not isinstance(inputs, Tensor) or int(found[1]) not in FORMS:
+        return None
+    first = next(
+        (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None), None
+    )
+    is_first = isinstance(first, nn.modules.batchnorm._BatchNorm) and f"got {inputs.ndim}D" in str(
+        error
+    )
+    if not (is_first or str(list(inputs.shape)) in str(error)):
+        return None  # the input of a later layer
+    takes, shape = int(found[1]), tuple(inputs.shape)
+    if inputs.ndim < takes:
+        cure = "Let the dataset give images with their channels, and the loader batch them."
+    elif shape[1] == 1:
+        cure = (
+            "The loader batches what is a batch already. In the dataset, return image.squeeze(0)."
+        )
+    else:
+        cure = (
+            "Build a model for such inputs, or merge two dimensions in the dataset, such as times "
+            "and bands: image.flatten(0, 1)."
+        )
+    return ValueError(
+        f"The input has {inputs.ndim} dimensions, {shape}, and the model takes {takes}, "
+        f"{FORMS[takes]} ({error}). {cure}"
+    )
+
+# %% ../../nbs/training/50_task.ipynb #5bfd49bc
 def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception | None:
     """Return an error that says how to fix the input, or None if the input was not the problem."""
     if isinstance(inputs, np.ndarray):
@@ -79,6 +116,8 @@ def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception 
             f"The image has {has} channels and the model takes {takes} ({error}). Build the model "
             f"for {has} channels, or select bands in the dataset."
         )
+    if (explained := explain_dimensions(error, inputs, model)) is not None:
+        return explained
     wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     is_wrong = isinstance(inputs, Tensor) and wanted is not None and inputs.dtype != wanted
     if is_wrong and "type" in str(error):
@@ -201,7 +240,7 @@ def call_model(task: Task, inputs: Any) -> Any:
     try:
         with task.passes.compiled():
             return task.methods.run_model(task.passes.arrange(inputs))
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         if (explained := explain_input(error, inputs, task.model)) is None:
             add_hint(error, task.passes.hint_for(error))
             raise
@@ -242,6 +281,20 @@ def stray_hint(task: Task, output: Any, target: Any) -> str:
         "a loss that leaves them out."
     )
 
+# %% ../../nbs/training/50_task.ipynb #a3c3359d
+def weights_hint(task: Task, output: Any) -> str:
+    """Return what to do about class weights that are not as many as the classes of an output."""
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        return ""
+    classes, table = output.shape[1], task.spec.class_weight
+    count = "another number of" if table is None else len(table.numbers())
+    return (
+        f"The loss {task.spec.name} has weights for {count} class{'' if count == 1 else 'es'}, and "
+        f"the model has {classes}. Pass a weight for each class, such as "
+        f"class_weights(count_classes(dataset, num_classes={classes})), or build the model for as "
+        "many classes."
+    )
+
 # %% ../../nbs/training/50_task.ipynb #86998755
 def swap_hint(loss_fn: Any, output: Any, target: Any) -> str:
     """Return what to do about a loss that works only if it gets the target first."""
@@ -263,6 +316,8 @@ def loss_hint(task: Task, error: Exception, output: Any, target: Any) -> str:
         return stray_hint(task, prediction(output), target)
     if isinstance(error, torch.OutOfMemoryError):
         return ""
+    if "weight tensor should be defined" in str(error):
+        return weights_hint(task, prediction(output))
     return container_hint(output) or swap_hint(task.loss_fn, output, target)
 
 # %% ../../nbs/training/50_task.ipynb #5b658c70

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .check import Problems, check
 from .config import TrainerConfig
+from .copying import Copied
+from .hook_checks import begin_service
 from .hooks import Display, Hooks
 from .loop import Loop
 from .messages import warn, whole_number
@@ -78,7 +80,7 @@ def predict_with(
     return predict_task(trainer.run.task, loader, output, out, trainer.config.progress)
 
 # %% ../../nbs/training/80_trainer.ipynb #1842bb48
-class Trainer(RunFacts):
+class Trainer(Copied):
     """Train a PyTorch model on Earth-observation imagery; stop, save and resume at any step.
 
     Parameters
@@ -163,6 +165,7 @@ class Trainer(RunFacts):
         require_idle(self.run, "fit")
         if (goal := find_goal(self.epoch, epochs, self.config.epochs)) > self.epoch:
             self.run.goal = goal
+            begin_service(self, self.run.progress)
             with self.run.lockstep.ranks.within("fit"):
                 self.loop_class(self.run, self).fit()
         return self.history
