@@ -56,6 +56,34 @@ def test_parts_of_several_ranks_and_empty_ones_are_merged():
     assert constant.compute()["MAE"] == 3 and math.isnan(constant.compute()["R2"])
 
 
+def test_batches_without_a_valid_element_may_come_first():
+    output, target = regression()
+    metric, nothing = RegressionScores(), torch.full((2, 6, 6), torch.nan)
+    for part, truth in ((output[:2], nothing), (output[:2], nothing), (output, target)):
+        metric.update(part, truth)
+    expected = scored(RegressionScores(), output, target, [12]).compute()
+    assert metric.compute() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_reset_forgets_what_was_scored():
+    output, target = regression()
+    labels = (target > 0).float()
+    for metric, truth in ((RegressionScores(), target), (MultiLabelScores(6), labels)):
+        expected = scored(copy.deepcopy(metric), output[4:], truth[4:], [8]).compute()
+        scored(metric, output[:4], truth[:4], [4]).reset()
+        found = scored(metric, output[4:], truth[4:], [8]).compute()
+        assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_all_sums_move_to_a_device():
+    output, target = regression()
+    values = scored(RegressionScores(), output, target, [12]).to("meta")
+    assert values.errors.is_meta and values.spread.is_meta
+    labels = scored(MultiLabelScores(6), output, (target > 0).float(), [12]).to("meta")
+    assert labels.counts.is_meta
+    assert MultiLabelScores(6).to("meta").counts is None
+
+
 @pytest.mark.parametrize("shape", [(40, 4), (10, 4, 3, 3)])
 def test_scores_of_several_labels_are_those_of_torchmetrics(shape):
     generator = torch.Generator().manual_seed(2)
@@ -75,7 +103,45 @@ def test_scores_of_several_labels_are_those_of_torchmetrics(shape):
     other = copy.deepcopy(metric)
     metric.merge_state([other, MultiLabelScores(4)])
     assert metric.compute()["F1"] == found["F1"]
+    parts = [MultiLabelScores(4, -1, list("abcd")) for _ in range(2)]
+    for part, own in zip(parts, (slice(0, 5), slice(5, None)), strict=True):
+        part.update(output[own], target[own])
+    parts[0].merge_state(parts[1:])
+    assert parts[0].compute() == pytest.approx(found, nan_ok=True)
     assert math.isnan(MultiLabelScores(2).compute()["F1"])
+
+
+def test_a_label_of_nan_does_not_count_and_one_half_is_false():
+    metric = MultiLabelScores(2)
+    metric.update(torch.ones(3, 2), torch.tensor([[1.0, 0.5], [math.nan, 1.0], [0.0, 0.6]]))
+    assert metric.counts.tolist() == [[[0, 1], [0, 1]], [[0, 1], [0, 2]]]
+
+
+class Kept:
+    """A metric that keeps what it is given."""
+
+    def reset(self):
+        pass
+
+    def update(self, output, target):
+        self.output, self.target = output, target
+
+
+def test_a_metric_gets_whole_rows_of_labels_in_the_type_that_it_wants():
+    metric = ValidPixels(Kept(), ignore_index=-1, target_dtype=torch.long)
+    output = torch.arange(12.0).view(2, 3, 2)[..., None]  # (N, K, H, W)
+    target = torch.ones(2, 3, 2, 1)
+    target[0, 1, 0] = -1
+    metric.update(output, target)
+    assert metric.metric.target.dtype == torch.long and metric.metric.target.shape == (3, 3)
+    assert metric.metric.output.tolist() == [[1, 3, 5], [6, 8, 10], [7, 9, 11]]
+
+
+def test_a_map_without_a_channel_loses_its_invalid_pixels_only():
+    metric, target = ValidPixels(Kept()), torch.arange(12.0).view(1, 3, 4)
+    target[0, 0, 1] = math.nan
+    metric.update(target + 1, target)
+    assert metric.metric.target.tolist() == [0, *range(2, 12)]
 
 
 def test_torchmetrics_sees_valid_pixels_only():

@@ -54,6 +54,19 @@ def test_only_what_is_chosen_is_there_and_in_this_order():
     assert set(SCORES) <= chosen_scores(table, "abcde", SCORES).keys()
 
 
+def test_a_class_that_is_only_predicted_counts_with_zero():
+    """In neither truth nor prediction it would be NaN, and left out of the means."""
+    table = torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 0]])
+    classes = per_class(table)
+    for name in ("IoU", "F1", "precision", "recall"):
+        assert classes[name][1] == 0 and classes[name][2].isnan()
+    found = chosen_scores(table, "abc", ("IoU", "F1"))
+    assert found["IoU_classes"] == 2
+    assert found["IoU"] == pytest.approx(3 / 8) and found["F1"] == pytest.approx(3 / 7)
+    means = report_text(table, "abc").splitlines()[-2].split()
+    assert means == ["mean", "4", "4", "0.500", "0.375", "0.429", "0.375"]
+
+
 def test_an_empty_table_has_no_scores():
     empty = torch.zeros(2, 2).long()
     assert all(math.isnan(value) for value in overall(empty).values())

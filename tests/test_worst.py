@@ -1,5 +1,9 @@
 """The worst chips: their order, their labels, and what cannot be drawn."""
 
+import math
+from types import SimpleNamespace
+
+import matplotlib.colors
 import pytest
 import torch
 from torch import nn
@@ -7,7 +11,7 @@ from torch import nn
 from small import make_batches, make_trainer, small_net
 from ununennium import ConfusionMatrix
 from ununennium.data import true_colour
-from ununennium.worst import plot_predictions
+from ununennium.worst import chip_score, plot_predictions, worst_chips
 
 
 def fitted(**options):
@@ -63,3 +67,47 @@ def test_predictions_without_a_map_are_refused():
     trainer = make_trainer(batches, batches, model=model)
     with pytest.raises(ValueError, match="one map each"):
         plot_predictions(trainer)
+
+
+def test_a_score_is_that_of_the_valid_pixels_and_of_all_classes_in_either_map():
+    truth, predicted = torch.tensor([[0, 0, 1, 255]]), torch.tensor([[0, 2, 1, 0]])
+    assert chip_score(truth, predicted, 255) == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert chip_score(truth, predicted, None) == pytest.approx((1 / 3 + 1 + 0 + 0) / 4)
+    assert math.isnan(chip_score(torch.full((1, 4), 255), predicted, 255))
+    values = torch.tensor([[1.5, math.nan, 2.0]])
+    assert chip_score(values, torch.tensor([[1.0, 7.0, 5.0]]), None) == -1.75
+    assert chip_score(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.25, 2.0]]), None) == -0.125
+
+
+def test_a_chip_without_a_valid_pixel_is_not_drawn():
+    assert len(plot_predictions(fitted(), worst=99).axes) == 4 * 11  # of twelve
+
+
+def test_a_loader_of_ones_own_is_drawn_with_bands_and_colours_of_ones_own():
+    trainer, (other,) = fitted(), make_batches(1, size=2, seed=5)
+    figure = plot_predictions(trainer, [other], worst=9, rgb=(0, 1, 3), colours=["red"] * 3)
+    assert len(figure.axes) == 8
+    shown = [torch.tensor(axis.get_images()[0].get_array()) for axis in figure.axes[::4]]
+    expected = [true_colour(image, (0, 1, 3)) for image in other[0]]
+    assert all(any(torch.equal(own, one) for one in expected) for own in shown)
+    patches = figure.legends[0].get_patches()[:3]
+    assert {matplotlib.colors.to_hex(patch.get_facecolor()) for patch in patches} == {"#ff0000"}
+
+
+def test_a_chip_of_which_nothing_is_right_has_an_iou_of_zero():
+    batch = torch.randn(1, 4, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long)
+    trainer = make_trainer([batch], [batch])
+    trainer.predict = lambda loader: torch.ones(1, 8, 8, dtype=torch.uint8)
+    assert plot_predictions(trainer).axes[0].texts[0].get_text() == "IoU 0.00"
+
+
+@pytest.mark.parametrize(
+    ("images", "truth"),
+    [((2, 3, 4, 8, 8), (2, 8, 8)), ((2, 4, 8, 8), (2, 3, 8, 8)), ((2, 4, 8, 8), (2, 4, 4))],
+)
+def test_series_and_maps_that_do_not_fit_are_refused(images, truth):
+    trainer = SimpleNamespace(
+        ignore_index=None, unpack=lambda batch: batch, predict=lambda loader: torch.zeros(2, 8, 8)
+    )
+    with pytest.raises(ValueError, match="one map each, but got images"):
+        worst_chips(trainer, [(torch.zeros(images), torch.zeros(truth))], 4)

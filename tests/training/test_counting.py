@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skipping import make_batch, plain_count, runs
 
-from ununennium.training.counting import DeviceTally, SkipCounts, skip_codes, skip_runs, skips_in
+from ununennium.training.counting import (
+    DeviceTally,
+    SkipCounts,
+    load_counts,
+    skip_codes,
+    skip_runs,
+    skips_in,
+)
 from ununennium.training.finite import CHECKED
 
 
@@ -27,6 +34,7 @@ def test_a_tally_is_the_plain_count_however_often_it_is_folded(run, size, data):
     tally.size = size
     for window, stepped in zip(windows, outcomes, strict=True):
         tally.add(window, torch.tensor(stepped))
+        assert len(tally.pending) < size  # or a long epoch would keep every step's checks
     start = outcomes.index(True) if True in outcomes else len(outcomes)
     expected["longest"] = max(expected["longest"], (before + start) * (start > 0))
     expected["in_a_row"] += before * (True not in outcomes)
@@ -85,3 +93,36 @@ def test_windows_without_a_valid_pixel_are_neither_taken_nor_skipped():
     counts, late = tally.read()
     assert counts == SkipCounts(3, (2, "gradient"), in_a_row=2, longest=2, taken=2)
     assert late == 7 and before == 1
+
+
+def test_the_host_counts_step_by_step():
+    counts, seen = SkipCounts(), []
+    for outcome in "ss.s.":
+        counts.add(outcome == ".")
+        seen.append((counts.count, counts.in_a_row, counts.longest))
+    # The run of two has been compared with the limit when it was the longest.
+    assert seen == [(1, 1, 1), (2, 2, 2), (2, 0, 2), (3, 1, 1), (3, 0, 1)]
+
+
+def test_counts_of_later_steps_are_added():
+    early = SkipCounts(3, (4, "input"), in_a_row=2, longest=3)
+    late = SkipCounts(2, (9, "loss"), in_a_row=1, longest=2)
+    assert early.plus(late) == SkipCounts(5, (4, "input"), in_a_row=1, longest=3)
+    assert late.plus(early).longest == 3 and SkipCounts().plus(late).first == (9, "loss")
+
+
+def test_counts_of_a_file_are_those_that_were_saved():
+    kept = {"count": 3, "first": [4, "input"], "in_a_row": 2, "longest": 3}
+    assert load_counts(kept) == SkipCounts(3, (4, "input"), 2, 3)
+    assert load_counts(kept | {"first": None}).first is None
+
+
+def test_without_a_step_the_run_of_skips_goes_on():
+    assert DeviceTally(3).read() == (SkipCounts(in_a_row=3), 0)
+
+
+def test_a_loss_that_has_no_check_is_looked_at_itself():
+    tally, batch = DeviceTally(), make_batch(7, loss=math.inf)
+    del batch.checks["loss"]
+    tally.add([batch], torch.tensor(False))
+    assert tally.read()[0].first == (7, "loss")

@@ -57,6 +57,18 @@ def test_large_numbers_and_integers_are_finite():
     assert bad_samples(torch.zeros(0, 3)) == [] == bad_samples("no tensor")
 
 
+def test_both_parts_of_a_complex_number_count():
+    radar = torch.zeros(3, 2, 2, dtype=torch.complex64)
+    radar[1, 0, 1] = complex(0.0, math.nan)
+    radar[2, 1, 0] = complex(-math.inf, 0.0)
+    assert bad_samples(radar) == [1, 2]
+
+
+def test_a_number_for_the_whole_batch_belongs_to_no_sample():
+    assert bad_samples({"image": torch.zeros(2, 3), "scale": torch.tensor(math.nan)}) == []
+    assert not check_samples({"image": IMAGES, "scale": torch.tensor(2.0)}, torch.zeros(3))
+
+
 # Taken out.
 
 
@@ -157,6 +169,17 @@ def test_the_first_batch_decides_how_all_are_read():
     assert [each.popitem()[1].tolist() for each in batch.target] == [[1], [1]]
 
 
+def test_a_later_batch_of_another_length_is_not_read_as_a_list_of_samples():
+    """The first batch has two dictionaries for two samples, the second one two for three."""
+    prepare, _ = make(loss=lambda output, target: output.mean())
+    for size in (2, 3):
+        images = torch.zeros(size, 4, 8, 8)
+        images[0, 0, 0, 0] = math.nan if size == 3 else 0.0
+        target = [{"mask": torch.arange(size)}, {"area": torch.arange(size)}]
+        batch = prepare((images, target), 0)
+    assert [each.popitem()[1].tolist() for each in batch.target] == [[1, 2], [1, 2]]
+
+
 @pytest.mark.parametrize(("norm", "is_empty"), [(True, True), (False, False)])
 def test_one_sample_is_too_few_for_a_batch_norm(norm, is_empty):
     prepare, noted = make(model=small_net(norm=norm).train())
@@ -164,8 +187,19 @@ def test_one_sample_is_too_few_for_a_batch_norm(norm, is_empty):
     image[0, 0, 0, 0] = math.nan
     batch = prepare((image, mask), 0)
     assert batch.is_empty == is_empty and len(noted[0]) == 1 + is_empty
+    place, left = noted[0][-1]
+    assert place == "batch index 0, sample"
+    assert left == ("1 (the only one left of its batch)" if is_empty else "0")
     alone = prepare((image[1:], mask[1:]), 1)  # as the loader gives it
     assert not alone.is_empty and 1 not in noted
+
+
+def test_two_samples_are_enough_for_a_batch_norm():
+    prepare, noted = make(model=small_net().train())
+    image, mask = make_batches(1, size=3)[0]
+    image[1, 0, 0, 0] = math.nan
+    batch = prepare((image, mask), 0)
+    assert torch.equal(batch.inputs, image[[0, 2]]) and len(noted[0]) == 1
 
 
 def test_frozen_norms_need_no_company():
@@ -206,6 +240,19 @@ def test_names_are_those_of_files_then_indices_then_places():
     assert names_of({"id": torch.zeros(2, device="meta")}, 3, [1]) == [
         ["batch index 3, sample", "1"]
     ]
+    unread = {"id": torch.zeros(2, device="meta")}
+    assert names_of(unread, 3, [1], [8, 9]) == [["dataset index", "9"]]
+    assert names_of({"filename": ["all.tif"]}, 3, [0, 1]) == [
+        ["filename", "all.tif"], ["batch index 3, sample", "1"],
+    ]  # fmt: skip
+
+
+def test_a_sample_without_a_name_has_its_index_in_the_data_set():
+    prepare, noted = make(locate=lambda number: [100 * number + row for row in (7, 8, 9)])
+    image, mask = make_batches(1, size=3)[0]
+    image[1, 0, 0, 0] = math.nan
+    prepare((image, mask), 2)
+    assert noted == {2: [["dataset index", "208"]]}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -227,6 +274,7 @@ def test_names_are_quoted_once_and_in_order():
     pairs = [["filename", "t10.tif"], ["filename", "t9.tif"], ["filename", "t9.tif"]]
     assert quote_pairs(pairs) == "filename t9.tif, t10.tif"
     assert quote_pairs([["a", str(n)] for n in range(23)]).endswith(", 19 and 3 more")
+    assert quote_pairs([["a", str(n)] for n in range(20)]).endswith(", 18, 19")
 
 
 def test_only_batches_that_were_used_are_told_of():

@@ -59,8 +59,42 @@ def test_a_hook_has_to_take_the_loops_arguments():
         def on_epoch_end(self, trainer):
             pass
 
-    with pytest.raises(TypeError, match="does not fit the loop's call"):
-        check_hooks(Short())
+    with pytest.raises(TypeError, match="does not fit the loop's call") as caught:
+        check_callbacks([Short()])
+    assert "Write def on_epoch_end(self, trainer, epoch, logs)." in str(caught.value)
+
+    class Right(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            pass
+
+    check_hooks(Right())
+    check_callbacks([make((), "on_epoch_end"), type("C", (), {"on_train_end": max})()])
+
+
+def test_a_name_that_resembles_a_hook_may_be_that_of_another_library():
+    """In a callback it is a mistake, with a hint; in a class of its own it has to be closer."""
+    check_callbacks([make((), "on_epoch_end", "on_batch_done")])
+    with pytest.raises(TypeError, match="Did you mean on_batch_end?"):
+        check_callbacks([make((Callback,), "on_batch_done")])
+
+
+def test_what_is_no_method_may_have_any_name():
+    check_callbacks([type("Own", (Callback,), {"on_better": None, "on_epoch_end_count": 0})()])
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (Callback(), r"callbacks is of type Callback; pass a list"),
+        ([Callback], r"Callback is a class; pass an instance: Callback\(...\)"),
+        ([print], "has none of the hooks: on_train_start"),
+    ],
+)
+def test_what_is_no_list_of_callbacks_is_refused(callbacks, message):
+    with pytest.raises(TypeError, match=message):
+        check_callbacks(callbacks)
+    check_callbacks(None)
+    check_callbacks((Callback(),))
 
 
 def folds(tmp_path, callbacks, count=2):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from small import make_batches, make_trainer, small_net
-from ununennium import CheckpointError, TrainerConfig, load_weights, predict
+from ununennium import EMA, CheckpointError, EarlyStopping, TrainerConfig, load_weights, predict
 from ununennium.training.checkpoint import save_file
 
 CPU = TrainerConfig(device="cpu", progress="none")
@@ -68,6 +68,10 @@ def damage(path):
             r"expected a dictionary with 'model', found",
         ),
         (lambda path: torch.save({}, path), "expected a dictionary with 'model'"),
+        (
+            lambda path: torch.save({"0.weight": torch.zeros(8, 4, 1, 1), "epoch": 3}, path),
+            "expected a dictionary with 'model'",
+        ),
         (lambda path: None, "There is no checkpoint file"),
         (
             lambda path: save_file({"model": {}, "shards": "step=1.shards"}, path),
@@ -87,3 +91,33 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(write, message, tmp_pa
 def test_a_best_path_that_is_none_is_told():
     with pytest.raises(CheckpointError, match="The path is None"):
         load_weights(small_net(), None)
+
+
+def test_the_average_is_found_among_what_other_callbacks_keep(tmp_path):
+    callbacks = [EMA(0.5), EarlyStopping("train_loss", patience=9)]
+    for order, name in ((1, "a.pt"), (-1, "b.pt")):
+        trainer = make_trainer(callbacks=callbacks[::order])
+        trainer.fit(2)
+        path = trainer.save_checkpoint(tmp_path / name)
+        average = load_weights(small_net(), path, averaged=True).state_dict()
+        expected = callbacks[0].state_dict()["model"]
+        assert all(torch.equal(average[key], expected[key]) for key in average)
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping("train_loss"), EMA()])
+def test_a_file_of_a_run_that_averaged_nothing_says_so(callback, tmp_path):
+    trainer = make_trainer(callbacks=[callback])
+    if not isinstance(callback, EMA):
+        trainer.fit(1)
+    path = trainer.save_checkpoint(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+        load_weights(small_net(), path, averaged=True)
+
+
+def test_raw_weights_are_not_taken_for_an_average(tmp_path):
+    torch.save(small_net(seed=1).state_dict(), tmp_path / "weights.pt")
+    model = small_net()
+    before = model[0].weight.clone()
+    with pytest.raises(CheckpointError, match="expected a dictionary with 'model'"):
+        load_weights(model, tmp_path / "weights.pt", averaged=True)
+    assert torch.equal(model[0].weight, before)
