@@ -1,9 +1,17 @@
 """14 · Hooks: in order, before and after the history is written, and to the end."""
 
+import csv
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
 import pytest
 
 from small import (
     HOOKS,
+    ROOT,
     At,
     boom,
     make_batches,
@@ -142,3 +150,72 @@ def test_a_hook_of_another_library_is_refused():
 
     with pytest.raises(TypeError, match="is no hook.*Did you mean on_epoch_end?"):
         make_trainer(callbacks=[Lightning()])
+
+
+# The loggers of the recipes.
+
+
+def recipe(name):
+    """Return the source of a class from the recipes: from a cell, or from a block of text."""
+    cells = json.loads((ROOT / "nbs" / "tutorials" / "50_recipes.ipynb").read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    blocks = [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.S)]
+    source = next(text for text in [*blocks, *texts] if f"class {name}(" in text)
+    return source.partition("\n\n\ntrainer_for(")[0]
+
+
+def logger(name, *args, **options):
+    space = {"Callback": Callback, "Path": Path}
+    exec(recipe(name), space)
+    return space[name](*args, **options)
+
+
+def test_the_recipe_for_a_table_has_a_row_per_epoch_also_after_a_resume(tmp_path):
+    def make():
+        log = logger("CSVLog", tmp_path / "scores.csv")
+        return make_trainer(val=make_batches(2), callbacks=[log, CheckpointCallback(tmp_path)])
+
+    make().fit(2)
+    trainer = make()
+    trainer.resume(tmp_path)
+    history = trainer.fit(1)
+    with open(tmp_path / "scores.csv", newline="") as file:
+        names, *rows = csv.reader(file)
+    assert names == ["epoch", *history] and [row[0] for row in rows] == ["1", "2", "3"]
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    assert all(str([*map(float, columns[name])]) == str(history[name]) for name in history)
+
+
+class Recorder:
+    """Stands for a writer of TensorBoard, and for a run of Weights & Biases."""
+
+    def __init__(self, *args, **options):
+        self.calls = [("open", *args, options)]
+
+    def __getattr__(self, name):
+        return lambda *args, **options: self.calls.append((name, *args, options))
+
+
+def test_the_recipe_for_tensorboard_logs_each_score_by_epoch(monkeypatch):
+    board = types.SimpleNamespace(SummaryWriter=Recorder)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    trainer = make_trainer(val=make_batches(2), callbacks=[logger("TensorBoardLog", "runs")])
+    history = trainer.fit(2)
+    opened, *scalars, closed = trainer.callbacks[0].writer.calls
+    assert opened == ("open", "runs", {"purge_step": 1}) and closed == ("close", {})
+    logged = [(name, step) for _, name, _, step, _ in scalars]
+    assert logged == [(name, epoch) for epoch in (1, 2) for name in history]
+    trainer.fit(1)
+    assert trainer.callbacks[0].writer.calls[0] == ("open", "runs", {"purge_step": 3})
+
+
+def test_the_recipe_for_weights_and_biases_logs_scores_and_settings(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Recorder))
+    trainer = make_trainer(callbacks=[logger("WandbLog", project="eo")], seed=3)
+    history = trainer.fit(2)
+    opened, *logged, closed = trainer.callbacks[0].logged.calls
+    assert opened[1]["project"] == "eo" and opened[1]["config"]["seed"] == 3
+    assert [(name, list(logs), rest) for name, logs, rest in logged] == [
+        ("log", list(history), {"step": epoch}) for epoch in (1, 2)
+    ]
+    assert closed == ("finish", {})

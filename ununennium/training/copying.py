@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch.optim import lr_scheduler
@@ -111,7 +111,7 @@ class Copied(RunFacts):
             )
         memo |= {id(self): twin, id(run): twin_run}
         parts = copied_parts(run, memo)
-        methods = twin if run.task.methods is self else None
+        methods = cast(Any, twin) if run.task.methods is self else None
         own = {name: value for name, value in vars(self).items() if name != "run"}
         vars(twin).update(copy.deepcopy(own, memo))
         vars(twin_run).update(vars(build_run(**parts, methods=methods)))
