@@ -44,8 +44,9 @@ def goes_on(trainer, epochs=1):
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_k_fold_by_deepcopy_before_and_after_a_fit(scheduler, epochs):
     base = make_trainer(
-        val=make_batches(2, seed=5), scheduler=SCHEDULERS[scheduler], callbacks=[EMA()], epochs=4
-    )
+        val=make_batches(2, seed=5), scheduler=SCHEDULERS[scheduler], callbacks=[EMA()], epochs=4,
+        scheduler_interval="epoch" if scheduler in ("cosine", "sequence") else "auto",
+    )  # fmt: skip
     base.fit(epochs)
     before, history = vector(base.model), base.history
     folds = [copy.deepcopy(base) for _ in range(3)]

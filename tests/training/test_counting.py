@@ -113,7 +113,7 @@ def test_counts_of_later_steps_are_added():
 
 def test_counts_of_a_file_are_those_that_were_saved():
     kept = {"count": 3, "first": [4, "input"], "in_a_row": 2, "longest": 3}
-    assert load_counts(kept) == SkipCounts(3, (4, "input"), 2, 3)
+    assert load_counts(kept) == SkipCounts(3, (4, "input"), 2, 3, taken=1)
     assert load_counts(kept | {"first": None}).first is None
 
 

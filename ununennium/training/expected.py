@@ -53,6 +53,8 @@ def expected_scores(
     evaluator, names = run.evaluator, [f"train_{name}" for name in batch.losses]
     if run.val_loader is not None:
         metrics, needs_default = evaluator.metrics, run.config.scores is not None
+        if metrics is not None and run.lockstep.ranks.size > 1:
+            return None  # they may compute over all processes, and not all have a batch now
         if metrics is None or needs_default:
             metrics = with_default(metrics, output, target, run.task)
             if "" not in metrics.metrics:
