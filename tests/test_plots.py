@@ -44,6 +44,20 @@ def test_each_score_has_its_panel_and_every_epoch_its_point():
     assert [axis.get_title() for axis in constant.axes] == ["loss", "IoU", "scores"]
 
 
+def test_two_runs_are_compared_by_their_names():
+    """A dictionary of histories gave an empty figure once."""
+    other = HISTORY | {"train_loss": [1.0, 0.9], "val_accuracy": [0.4, 0.8]}
+    panels = {axis.get_title(): axis for axis in plot_history({"a": HISTORY, "b": other}).axes}
+    lines = {title: axis.get_lines() for title, axis in panels.items()}
+    assert [line.get_label() for line in lines["scores"]] == ["a: val_accuracy", "b: val_accuracy"]
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in lines["loss"]}
+    assert drawn["a: train_loss"] == HISTORY["train_loss"]
+    assert drawn["b: train_loss"] == other["train_loss"]
+    assert [text.get_text() for text in panels["scores"].get_legend().get_texts()] == [
+        "a: val_accuracy", "b: val_accuracy",
+    ]  # fmt: skip
+
+
 def test_an_empty_history_is_an_empty_figure():
     (axis,) = plot_history({}).axes
     assert not axis.get_lines()

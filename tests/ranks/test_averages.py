@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -127,3 +129,36 @@ def test_a_file_of_two_processes_resumes_to_the_same_average(tmp_path, step, pha
     assert taken in (step, step + 1)  # the processes agree with the next step, if there is one
     for own, other in zip(whole, resumed, strict=True):
         assert_same(own, other)
+
+
+def train_with_one_validation():
+    ema = EMA(0.8)
+    trainer = make_trainer(ema, epochs=1)
+    if dist.get_rank() == 1:
+        trainer.val_loader = None
+    trainer.fit()
+    return found(trainer, ema)
+
+
+def test_a_process_without_validation_has_the_same_scores_of_the_average():
+    first, second = on_ranks(2, train_with_one_validation)
+    assert_same(first, second)
+    assert "val_ema_loss" in first[2]
+
+
+def refused():
+    model = fully_shard(make_net(True), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    loader = make_loader(Chips(8), 2, False)
+    config = TrainerConfig(device="cpu", progress="none")
+    loss = nn.CrossEntropyLoss(ignore_index=255)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = Trainer(model, optimizer, loss, loader, callbacks=[EMA()], config=config)
+    with pytest.raises(ValueError, match="EMA cannot average a model that is divided"):
+        trainer.fit(1)
+    with pytest.raises(ValueError, match="divided among processes cannot predict"):
+        trainer.predict(loader)
+    return trainer.global_step
+
+
+def test_a_model_that_is_divided_among_processes_is_refused():
+    assert on_ranks(2, refused) == [0, 0]

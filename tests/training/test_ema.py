@@ -158,6 +158,7 @@ def test_metrics_of_the_user_keep_the_raw_scores():
     assert metric.compute() == pytest.approx(history["val_mine"][-1], rel=1e-6)
     assert history["val_mine"] != history["val_ema_mine"]
     assert trainer.directions["val_ema_mine"] == "max"
+    assert not any("ema_ema" in name for name in trainer.directions)
 
 
 def test_a_best_file_and_early_stopping_go_by_the_average(tmp_path):
@@ -188,7 +189,7 @@ def test_a_monitor_before_the_average_is_told_to_come_after_it():
     assert trainer.global_step == 0
 
 
-@pytest.mark.parametrize("wrong", [1.0, -0.1, "0.9", True])
+@pytest.mark.parametrize("wrong", [1.0, -0.1, "0.9", True, False])
 def test_a_wrong_decay_is_refused(wrong):
     with pytest.raises((TypeError, ValueError), match="such as 0.999"):
         EMA(wrong)
@@ -281,6 +282,20 @@ def test_a_loaded_file_replaces_the_average(tmp_path):
     assert not torch.equal(averaged(trainer)["0.weight"], then["0.weight"])
     trainer.load_checkpoint(path)
     assert_same(averaged(trainer), then)
+
+
+def test_an_average_from_a_file_is_taken_over_once(tmp_path):
+    """A second fit goes on from where the first one ended, not from the file."""
+    straight, resumed = noisy_trainer(EMA(0.9)), noisy_trainer(EMA(0.9))
+    straight.fit(1)
+    path = straight.save_checkpoint(tmp_path / "a.pt")
+    for _ in range(2):
+        straight.fit(1)
+    resumed.load_checkpoint(path)
+    for _ in range(2):
+        resumed.fit(1)
+    assert_same(averaged(resumed), averaged(straight))
+    assert ema_of(resumed).state_dict()["updates"] == 18
 
 
 def test_without_a_second_validation_there_are_no_scores():

@@ -1,13 +1,18 @@
 """Predictions are those of a loop by hand, in the loader's order, and leave no trace."""
 
+import functools
 import subprocess
 import sys
 import warnings
+from collections import namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import tqdm.auto
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -80,6 +85,7 @@ BATCHES = {
     "list of one": lambda x: [x],
     "pair": lambda x: (x, torch.zeros(len(x))),
     "dictionary": lambda x: {"image": x, "transform": [1, 2]},
+    "object": lambda x: SimpleNamespace(images=x, boxes=None),
 }
 
 
@@ -90,6 +96,33 @@ def test_a_batch_need_not_have_a_target(kind):
     expected = by_hand(model).argmax(1).numpy()
     assert np.array_equal(predict(model, loader, config=CPU), expected)
     assert np.array_equal(predict(model, iter(loader), config=CPU), expected)  # of no length
+
+
+class Sum(nn.Module):
+    """A model of several inputs, in a container."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, parts):
+        return self.net(sum(parts.values() if isinstance(parts, dict) else parts))
+
+
+Dates = namedtuple("Dates", "early late")
+CONTAINERS = {
+    "dictionary without an image": lambda *parts: dict(zip("abc", parts, strict=False)),
+    "three": lambda *parts: parts,
+    "named pair": lambda early, late, more: Dates(early + more, late),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_what_is_no_pair_goes_to_the_model_as_it_is(kind):
+    model = Sum()
+    batch = CONTAINERS[kind](CHIPS, 2 * CHIPS, CHIPS - 1)
+    expected = by_hand(model.net, 4 * CHIPS - 1, 11)
+    assert np.allclose(predict(model, [batch], "raw", config=CPU), expected, atol=1e-5)
 
 
 def test_many_batches_of_an_unknown_number_are_in_order():
@@ -119,10 +152,59 @@ def test_what_is_predicted_follows_the_loss():
     assert make(one, own).predict(LOADER, "raw").dtype == np.float32
 
 
-@pytest.mark.parametrize("classes", [3, 300])
+@pytest.mark.parametrize("classes", [3, 256, 257])
 def test_classes_take_as_little_memory_as_they_can(classes):
     found = predict(nn.Conv2d(4, classes, 1), LOADER, config=CPU)
-    assert found.dtype == (np.uint8 if classes == 3 else np.int32)
+    assert found.dtype == (np.uint8 if classes <= 256 else np.int32)
+
+
+@pytest.mark.parametrize("has_channel", [True, False])
+def test_one_number_per_sample_has_no_channel(has_channel):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 1))
+    model = model if has_channel else nn.Sequential(*model, nn.Flatten(0))
+    expected = by_hand(model).flatten().numpy()
+    assert np.array_equal(predict(model, LOADER, "raw", config=CPU), expected)
+    assert np.array_equal(predict(model, LOADER, config=CPU), expected > 0)
+
+
+def test_labels_that_do_not_exclude_each_other_are_predicted_without_a_trainer():
+    model = small_net()
+    outputs = by_hand(model)
+    found = predict(model, LOADER, is_multilabel=True, config=CPU)
+    assert found.dtype == np.uint8 and np.array_equal(found, outputs.numpy() > 0)
+    shares = predict(model, LOADER, "probabilities", is_multilabel=True, config=CPU)
+    assert np.array_equal(shares, outputs.sigmoid().numpy())
+
+
+def test_outputs_in_half_precision_become_float32_and_are_not_taken_for_infinite():
+    model = nn.Sequential(nn.Conv2d(4, 3, 1)).half()
+    nn.init.zeros_(model[0].weight)
+    nn.init.constant_(model[0].bias, 60_000.0)  # whose sum overflows in float16
+    chips = [CHIPS.half()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = predict(model, chips, "raw", config=CPU)
+        rounded = predict(model.bfloat16(), [CHIPS.bfloat16()], "raw", config=CPU)
+    assert found.dtype == rounded.dtype == np.float32 and (found == 60_000).all()
+
+
+def test_a_prediction_is_in_the_precision_that_is_asked_for():
+    model = small_net(norm=False)
+    config = TrainerConfig(device="cpu", amp_dtype="bfloat16", progress="none")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = by_hand(model).float().numpy()
+    assert np.array_equal(predict(model, LOADER, "raw", config=config), expected)
+    assert not np.array_equal(predict(model, LOADER, "raw", config=CPU), expected)
+
+
+@pytest.mark.parametrize(
+    ("progress", "is_shown"), [("bar", True), ("dashboard", True), ("auto", False), ("none", False)]
+)
+def test_a_bar_counts_the_batches_where_one_is_wanted(progress, is_shown, capsys, monkeypatch):
+    monkeypatch.setattr(tqdm.auto, "tqdm", functools.partial(tqdm.auto.tqdm, mininterval=0))
+    predict(small_net(), LOADER, config=TrainerConfig(device="cpu", progress=progress))
+    shown = capsys.readouterr().err
+    assert ("predict" in shown) == ("3/3" in shown) == is_shown
 
 
 def test_the_result_goes_where_it_is_told(tmp_path):
@@ -264,7 +346,8 @@ def make(model, loss, loader=LOADER, **settings):
 def test_a_model_that_ends_with_a_sigmoid_is_taken_at_its_word():
     model = nn.Sequential(nn.Conv2d(4, 1, 1), nn.Sigmoid())
     shares = by_hand(model)[:, 0].numpy()
-    for loss in (nn.BCELoss(), MaskedLoss(nn.BCELoss(reduction="none"))):
+    losses = nn.BCELoss(), MaskedLoss(nn.BCELoss(reduction="none")), F.binary_cross_entropy
+    for loss in (*losses, functools.partial(F.binary_cross_entropy, reduction="mean")):
         trainer = make(model, loss)
         assert np.array_equal(trainer.predict(LOADER, "probabilities"), shares)
         assert np.array_equal(trainer.predict(LOADER), shares > 0.5)
@@ -322,6 +405,23 @@ def test_a_prediction_from_nothing_is_told_with_its_row(value, output):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predict(small_net(), LOADER, config=CPU)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(5, "0, 1, 2, 3, 4. Look"), (6, "3, 4 and 1 more. L")])
+def test_only_some_of_many_rows_are_named(count, rows):
+    chips = CHIPS.clone()
+    chips[:count] = float("nan")
+    with pytest.warns(TrainingWarning, match=rf"output for {count} samples .*{rows}"):
+        predict(small_net(norm=False), [chips], config=CPU)
+
+
+def test_an_output_without_samples_is_refused():
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean()
+
+    with pytest.raises(TypeError, match="returned a Tensor, which is no prediction per sample"):
+        predict(Mean(), LOADER, config=CPU)
 
 
 def test_an_error_names_its_batch():
