@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from small import make_batches, make_trainer, small_net
-from ununennium import ConfusionMatrix
+from ununennium import ConfusionMatrix, MaskedLoss
 from ununennium.data import true_colour
 from ununennium.worst import chip_score, plot_predictions, worst_chips
 
@@ -111,3 +111,20 @@ def test_series_and_maps_that_do_not_fit_are_refused(images, truth):
     )
     with pytest.raises(ValueError, match="one map each, but got images"):
         worst_chips(trainer, [(torch.zeros(images), torch.zeros(truth))], 4)
+
+
+def test_what_a_regression_ignores_is_no_error_and_no_colour():
+    """A chip that was right but for its -9999 pixels was the worst, with an error of 2,500."""
+    images = torch.rand(2, 3, 8, 8)
+    truth = images[:, :1].clone()
+    truth[0, :, :2], truth[1] = -9999, truth[1] + 0.25
+    first = nn.Conv2d(3, 1, 1, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(torch.eye(3)[:1, :, None, None])
+    loss = MaskedLoss(nn.L1Loss(reduction="none"), ignore_index=-9999)
+    trainer = make_trainer([(images, truth)], [(images, truth)], model=first, loss=loss)
+    figure = plot_predictions(trainer, worst=2)
+    labels = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert labels[:2] == ["error 0.25", "error 0"]
+    pictures = [axis.images[0] for axis in figure.axes if axis.images]
+    assert min(picture.get_clim()[0] for picture in pictures) > -10

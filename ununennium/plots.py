@@ -313,13 +313,17 @@ def is_value_map(maps: Any) -> bool:
     return bool((finite != finite.round()).any())
 
 
-def plot_values(images: Any, truth: Any, predicted: Any, rgb: tuple[int, int, int]) -> Figure:
+def plot_values(
+    images: Any, truth: Any, predicted: Any, rgb: tuple[int, int, int], ignore_index: int | None
+) -> Figure:
     """Draw chips in rows: image, truth, prediction and residual of a regression."""
     images = torch.as_tensor(images).cpu()
     truth, predicted = (
         torch.as_tensor(maps).detach().cpu().float().reshape(len(images), *images.shape[-2:])
         for maps in (truth, predicted)
     )
+    if ignore_index is not None:
+        truth = truth.masked_fill(truth == ignore_index, torch.nan)
     known = truth[truth.isfinite()]
     residual = predicted - truth
     most = float(residual[residual.isfinite()].abs().max())
@@ -369,7 +373,7 @@ def plot_chips(
         A colour for each class, as matplotlib reads it; None for the usual ones.
     """
     if is_value_map(masks):
-        return plot_values(images, masks, predicted, rgb)
+        return plot_values(images, masks, predicted, rgb, ignore_index)
     images, masks, predicted = read_chips(images, masks, predicted)
     names = legend_names(masks, predicted, class_names, ignore_index)
     palette = palette_for(names, colours)

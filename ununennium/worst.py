@@ -22,12 +22,13 @@ __all__ = ['plot_predictions']
 # %% ../nbs/36_worst.ipynb #3d0c0c11
 def chip_score(truth: Tensor, predicted: Tensor, ignore_index: int | None) -> float:
     """Return how well a map `(H, W)` was predicted, NaN if it has no valid pixel."""
-    if is_value_map(truth) or is_value_map(predicted):
-        return -float((predicted - truth).abs().nanmean())
     valid = torch.ones_like(truth, dtype=torch.bool)
     if ignore_index is not None:
         valid = truth != ignore_index
-    truth, predicted = truth[valid].long(), predicted[valid].long()
+    truth, predicted = truth[valid], predicted[valid]
+    if is_value_map(truth) or is_value_map(predicted):
+        return -float((predicted - truth).abs().nanmean())
+    truth, predicted = truth.long(), predicted.long()
     shares = [
         float(((truth == k) & (predicted == k)).sum() / ((truth == k) | (predicted == k)).sum())
         for k in torch.cat([truth, predicted]).unique()
@@ -91,7 +92,8 @@ def plot_predictions(
     scores, *parts = zip(*chips, strict=True)
     options = {"class_names": trainer.config.class_names, "ignore_index": trainer.ignore_index}
     figure = plot_chips(*map(torch.stack, parts), **options, rgb=rgb, colours=colours)
+    are_values = any(is_value_map(maps) for chip in parts[1:] for maps in chip)
     for axis, score in zip(figure.axes[::4], scores, strict=False):
-        text = f"IoU {score:.2f}" if score >= 0 else f"error {-score:.3g}"
+        text = f"error {abs(score):.3g}" if are_values else f"IoU {score:.2f}"
         axis.text(-0.06, 0.5, text, rotation=90, va="center", ha="right", transform=axis.transAxes)
     return figure

@@ -278,3 +278,18 @@ def test_a_gap_in_heights_is_told_unless_the_loss_knows_it(capsys):
     ):
         problems = make_trainer(batches, model=nn.Conv2d(4, 1, 1), loss=loss).check()
         assert len([text for text in problems if "The target is -9999" in text]) == count
+
+
+def test_a_gradient_that_is_not_finite_at_a_finite_loss_is_told(capsys):
+    def loss(output, target):
+        return nn.functional.cross_entropy(output, target, ignore_index=255) + 0 * (
+            output.mean() - output.mean()
+        ).sqrt()  # fmt: skip
+
+    problems = make_trainer(loss=loss, ignore_index=255).check()
+    assert [text for text in problems if text.startswith("The gradient of the first batch is not")]
+
+
+def test_a_target_of_one_number_has_no_spread_and_no_warning(capsys):
+    batches = [(torch.randn(1, 4), torch.randn(1, 1))]
+    assert make_trainer(batches, model=nn.Linear(4, 1), loss=nn.MSELoss()).check() == []

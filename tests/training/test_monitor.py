@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from ununennium.training.monitor import Monitor, UnchosenMode, direction_of
+from ununennium.training.messages import Unchosen
+from ununennium.training.monitor import Monitor, direction_of
 
 
 @pytest.mark.parametrize(
@@ -18,10 +19,10 @@ def test_well_known_names_have_a_direction(name, way):
 
 def test_the_word_of_a_metric_counts_more_than_a_default_but_not_than_a_choice():
     scores, directions = {"val_distance": 1.0}, {"val_distance": "max"}
-    monitor = Monitor("val_distance", UnchosenMode("min"))
+    monitor = Monitor("val_distance", Unchosen("min"))
     monitor.read(scores, directions)
     assert monitor.mode == "max" and monitor.is_better(2.0, 1.0)
-    monitor = Monitor("val_loss", UnchosenMode("min"))
+    monitor = Monitor("val_loss", Unchosen("min"))
     monitor.read({"val_loss": 1.0}, directions)
     assert monitor.mode == "min"
     with pytest.raises(ValueError, match=r"mode='min'\) would keep the worst model"):

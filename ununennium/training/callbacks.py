@@ -12,8 +12,8 @@ from typing import Any
 
 from ununennium.training.files import CheckpointFiles, add_ranked, load_own_files, model_path
 from ununennium.training.hooks import Callback, RunView, is_fresh, position_of
-from ununennium.training.messages import add_hint, whole_number
-from ununennium.training.monitor import Monitor, UnchosenMode, direction_of, stop_text
+from ununennium.training.messages import Unchosen, add_hint, whole_number
+from ununennium.training.monitor import Monitor, direction_of, stop_text
 
 _all_ = ["Callback"]  # its import path is public
 
@@ -112,12 +112,12 @@ def check_intervals(steps: object, minutes: object) -> tuple[float, float]:
     return math.inf if steps is None else steps, math.inf if minutes is None else 60 * minutes
 
 # %% ../../nbs/training/30_callbacks.ipynb #ffdcae29
-DEFAULT_MODE = UnchosenMode("min")
+DEFAULT_MODE = Unchosen("min")
 
 
 def default_or_chosen(mode: str, monitor: str) -> str:
     """Return the mode, or `"auto"` if it is the default and the score's name is not well known."""
-    return "auto" if isinstance(mode, UnchosenMode) and direction_of(monitor) is None else mode
+    return "auto" if isinstance(mode, Unchosen) and direction_of(monitor) is None else mode
 
 # %% ../../nbs/training/30_callbacks.ipynb #1bf3c0ee
 class CheckpointCallback(Callback):

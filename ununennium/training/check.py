@@ -143,8 +143,11 @@ def inspect_loss_value(run: Run, batch: MicroBatch) -> tuple[str, list[str], boo
     norm = float(gradient_norm(gradients)) if gradients else 0.0
     value = float(loss.detach())
     problems = [] if math.isfinite(value) else [f"The loss of the first batch is {value}."]
-    is_skipped = bool(problems) or not math.isfinite(norm)
-    return f"{value:.4g}, gradient norm {norm:.4g}", problems, is_skipped
+    if not problems and not math.isfinite(norm):
+        problems = [
+            f"The gradient of the first batch is not finite, though its loss is {value:.4g}."
+        ]
+    return f"{value:.4g}, gradient norm {norm:.4g}", problems, bool(problems)
 
 # %% ../../nbs/training/78_check.ipynb #check-047
 def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str], list[str]]:
@@ -213,14 +216,14 @@ def inspect_loop(loop_class: type[Loop]) -> dict[str, str]:
 
 # %% ../../nbs/training/78_check.ipynb #check-061
 @contextlib.contextmanager
-def warnings_noted() -> Iterator[list[Warning]]:
+def warnings_noted() -> Iterator[list[str]]:
     """Note the warnings of the block, but for those that speak to the authors of libraries."""
-    noted: list[Warning] = []
+    noted: list[str] = []
     others = DeprecationWarning, PendingDeprecationWarning, FutureWarning
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield noted
-        noted += [w.message for w in caught if not issubclass(w.category, others)]
+        noted += [str(w.message) for w in caught if not issubclass(w.category, others)]
 
 # %% ../../nbs/training/78_check.ipynb #da11809d
 def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str], list[str]]:
@@ -253,7 +256,7 @@ def inspect_run(run: Run, loop_class: type[Loop] = Loop) -> tuple[dict[str, str]
             scores |= score(run, [] if val is None else [val]) or {}
             report["scores"] = ", ".join(name for name in scores if "/" not in name)
         problems += inspect_monitors(run, scores)
-    return report, problems + [str(warning) for warning in caught]
+    return report, problems + caught
 
 # %% ../../nbs/training/78_check.ipynb #check-064
 class Problems(list[str]):

@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 from ..metrics import check_scores
-from .messages import whole_number
+from .messages import Unchosen, whole_number
 
 # %% auto #0
 __all__ = ['TrainerConfig']
@@ -67,9 +67,6 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r} must be True or False.{FLAGS[name]}")
 
 # %% ../../nbs/training/24_config.ipynb #29796ac7
-DEFAULT_DEVICE = str(b"cuda", "ascii")  # not the literal "cuda", of which there is one only
-
-# %% ../../nbs/training/24_config.ipynb #d9cb20db
 @dataclass
 class TrainerConfig:
     """Settings of a `Trainer`.
@@ -113,7 +110,7 @@ class TrainerConfig:
     """
 
     epochs: int = 100
-    device: str = DEFAULT_DEVICE
+    device: str = Unchosen("cuda")
     mixed_precision: bool = True
     accumulation_steps: int = 1
     gradient_clip: float | None = 1.0

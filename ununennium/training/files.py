@@ -16,7 +16,7 @@ from typing import Any
 from ..ranks import RankMissing
 from .checkpoint import CheckpointError, copy_file, remove_leftovers
 from .hooks import RunView, is_fresh, position_of
-from .messages import warn
+from .messages import format_score, warn
 from .monitor import Monitor
 
 # %% auto #0
@@ -81,7 +81,9 @@ def free_path(path: Path, mark: str = "v") -> Path:
 
 def model_path(folder: Path, epoch: int, monitor: str, score: float) -> Path:
     """Return a free path whose name shows the epoch, counted from 1, and the score."""
-    return free_path(folder / f"epoch={epoch + 1:03d}-{monitor.replace('/', '_')}={score:.4f}.pt")
+    return free_path(
+        folder / f"epoch={epoch + 1:03d}-{monitor.replace('/', '_')}={format_score(score)}.pt"
+    )
 
 
 def move_aside(path: Path) -> list[str]:

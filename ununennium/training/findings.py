@@ -121,7 +121,8 @@ def inspect_values(target: Tensor, ignore_index: int | None = None) -> tuple[str
             "pass MaskedLoss(loss with reduction='none')."
         )
     if valid.numel():
-        text = f"; mean {valid.mean():.3g}, standard deviation {valid.std():.3g}"
+        spread = valid.std() if valid.numel() > 1 else 0.0
+        text = f"; mean {valid.mean():.3g}, standard deviation {spread:.3g}"
     missing = 1 - float(target.isfinite().float().mean()) if target.numel() else 0.0
     return f"{text}; {missing:.1%} not finite", problems
 
@@ -186,7 +187,7 @@ def sums_to_one(scores: Tensor) -> bool:
 
 # %% ../../nbs/training/69_findings.ipynb #cd06d7bd
 SHAPING = ("View", "Reshape", "Unsafe", "Squeeze", "Unsqueeze", "Select", "Slice", "Permute",
-           "Transpose", "ToCopy", "Clone", "Alias")  # fmt: skip
+           "Transpose", "ToCopy", "Clone", "Alias", "Upsample")  # fmt: skip
 
 
 def last_operation(output: Tensor) -> str:

@@ -31,7 +31,7 @@ def built_length(scheduler: Any) -> int | None:
 # %% ../../nbs/training/63_interval.ipynb #617cfe9c
 def fades_out(scheduler: Any, end: int) -> bool:
     """Return whether the function of a `LambdaLR` falls to zero just after `end` moves."""
-    function = next(filter(callable, getattr(scheduler, "lr_lambdas", ())), None)
+    function: Any = next(filter(callable, getattr(scheduler, "lr_lambdas", ())), None)
     if function is None:
         return False
     try:

@@ -72,6 +72,10 @@ def whole_number(name: str, value: object, least: float, most: float = math.inf)
         raise ValueError(message)
     return number
 
+# %% ../../nbs/training/10_messages.ipynb #6666a9a6
+class Unchosen(str):
+    """A default, which the user did not pass. It equals the plain string."""
+
 # %% ../../nbs/training/10_messages.ipynb #messages-015
 def add_hint(error: BaseException, hint: str) -> None:
     """Append a sentence to an error's message, unless the message already contains it."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .hooks import RunView, has_hook
-from .messages import add_hint
+from .messages import Unchosen, add_hint
 
 # %% auto #0
 __all__ = ['Monitor']
@@ -35,10 +35,6 @@ def direction_of(name: str) -> str | None:
     more, less = bool(words & MORE_IS_BETTER), bool(words & LESS_IS_BETTER)
     return None if more == less else "max" if more else "min"
 
-# %% ../../nbs/training/27_monitor.ipynb #801d890b
-class UnchosenMode(str):
-    """A default mode, which the user did not pass. It equals the plain string."""
-
 # %% ../../nbs/training/27_monitor.ipynb #cc5d6a27
 def refuse_wrong_way(owner: str, name: str, mode: str, known: str | None) -> None:
     """Raise a `ValueError` if a score is known to be better the other way around."""
@@ -46,7 +42,7 @@ def refuse_wrong_way(owner: str, name: str, mode: str, known: str | None) -> Non
         way = "larger" if known == "max" else "smaller"
         kept = "smallest" if mode == "min" else "largest"
         passed, default = f", mode={mode!r}", ""
-        if isinstance(mode, UnchosenMode):
+        if isinstance(mode, Unchosen):
             passed, default = "", f", and the default keeps the {kept}"
         raise ValueError(
             f"{owner}(monitor={name!r}{passed}) would keep the worst model: {name} is "
@@ -56,7 +52,7 @@ def refuse_wrong_way(owner: str, name: str, mode: str, known: str | None) -> Non
 
 def settled_mode(owner: str, name: str, mode: str, known: str | None) -> str:
     """Return `"max"` or `"min"`; raise if the mode is wrong, or `"auto"` and nothing is known."""
-    if not isinstance(mode, UnchosenMode):
+    if not isinstance(mode, Unchosen):
         refuse_wrong_way(owner, name, mode, known)
     if mode == "auto" and known is None:
         raise ValueError(

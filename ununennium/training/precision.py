@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from .config import DEFAULT_DEVICE, TrainerConfig
-from .messages import warn
+from .config import TrainerConfig
+from .messages import Unchosen, warn
 
 # %% auto #0
 __all__ = ['Precision']
@@ -85,7 +85,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
         return cuda_device(device.index)
     if device.type not in ("cuda", "mps") or device.type == best_device():
         return device
-    if name is DEFAULT_DEVICE:  # the first line of the run says so; see *progress*
+    if isinstance(name, Unchosen):  # the first line of the run says so; see *progress*
         return torch.device("cpu")
     kind = "GPU" if device.type == "cuda" else "MPS device"
     warn(

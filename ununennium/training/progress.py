@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..notebook.kernel import has_front_end, running_kernel
-from .config import DEFAULT_DEVICE
 from .hooks import Display, RunView
-from .messages import format_score, warn
+from .messages import Unchosen, format_score, warn
 from .restore import unwrap
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def size_of(count: int) -> str:
 
 def device_note(trainer: RunView) -> str:
     """Return that a run is on the CPU for want of a GPU, if nobody has asked for either."""
-    is_default = trainer.config.device is DEFAULT_DEVICE and trainer.device.type == "cpu"
+    is_default = isinstance(trainer.config.device, Unchosen) and trainer.device.type == "cpu"
     if not is_default or torch.cuda.is_available():
         return ""
     if torch.backends.mps.is_available():
