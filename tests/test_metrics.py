@@ -172,3 +172,10 @@ def test_a_notebook_shows_a_matrix_as_a_table():
 def test_a_name_of_a_score_is_checked():
     with pytest.raises(ValueError, match="pass a list of some of IoU, F1, precision"):
         ConfusionMatrix(2, scores="IoU")
+
+
+def test_a_score_in_the_wrong_case_is_told():
+    with pytest.raises(ValueError, match=r"Did you mean \['IoU', 'F1'\]"):
+        ConfusionMatrix(3, scores=["iou", "f1"])
+    with pytest.raises(ValueError, match="kappa[.]$"):
+        ConfusionMatrix(3, scores="iou")

@@ -212,3 +212,11 @@ def test_a_list_of_histories_is_drawn_with_numbered_names(kind):
 def test_something_else_than_a_history_is_refused_in_a_sentence(history, kind):
     with pytest.raises(TypeError, match=f"draws what fit returned, not a {kind}. Pass trainer.h"):
         plot_history(history)
+
+
+def test_bands_that_the_images_do_not_have_are_refused():
+    """They were drawn in grey, without a word."""
+    images, maps = torch.rand(1, 4, 8, 8), torch.zeros(1, 8, 8)
+    with pytest.raises(ValueError, match=r"rgb=\(7, 2, 1\) names band 7, and the images have 4"):
+        plot_chips(images, maps.long(), maps.long(), rgb=(7, 2, 1))
+    plot_chips(images[:, :1], maps.long(), maps.long())  # one band is grey by default

@@ -128,3 +128,11 @@ def test_what_a_regression_ignores_is_no_error_and_no_colour():
     assert labels[:2] == ["error 0.25", "error 0"]
     pictures = [axis.images[0] for axis in figure.axes if axis.images]
     assert min(picture.get_clim()[0] for picture in pictures) > -10
+
+
+def test_the_worst_chips_of_a_regression_with_a_loss_of_ones_own():
+    """It asked for an argument that it does not have."""
+    batches = [(image, image[:, :1] * 2) for image, _ in make_batches(2)]
+    loss = lambda output, target: ((output - target) ** 2).mean()
+    trainer = make_trainer(batches, batches, model=nn.Conv2d(4, 1, 1), loss=loss, metrics={})
+    assert plot_predictions(trainer, worst=1).axes[0].texts[0].get_text().startswith("error")

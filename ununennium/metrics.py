@@ -177,7 +177,10 @@ def check_counted(counts: Tensor | None, num_classes: int, ignore_index: int | N
 def check_scores(names: Sequence[str]) -> tuple[str, ...]:
     """Return names of scores; raise if one is not known."""
     if isinstance(names, str) or not all(name in SCORES for name in names):
-        raise ValueError(f"scores={names!r}: pass a list of some of {', '.join(SCORES)}.")
+        known = {score.lower(): score for score in SCORES}
+        meant = [] if isinstance(names, str) else [known.get(str(n).lower(), n) for n in names]
+        hint = f" Did you mean {meant}?" if meant and all(n in SCORES for n in meant) else ""
+        raise ValueError(f"scores={names!r}: pass a list of some of {', '.join(SCORES)}.{hint}")
     return tuple(names)
 
 # %% ../nbs/10_metrics.ipynb #f1dfbc0e

@@ -344,6 +344,18 @@ def plot_values(
     return figure
 
 # %% ../nbs/35_plots.ipynb #763109f6
+USUAL_BANDS = (2, 1, 0)
+
+
+def check_bands(images: Any, rgb: tuple[int, int, int]) -> None:
+    """Raise a `ValueError` if bands were chosen that images `(N, C, H, W)` do not have."""
+    bands = images.shape[1] if getattr(images, "ndim", 0) == 4 else None
+    if bands is not None and tuple(rgb) != USUAL_BANDS and max(rgb) >= bands:
+        raise ValueError(
+            f"rgb={tuple(rgb)} names band {max(rgb)}, and the images have {bands}, counted from 0."
+        )
+
+# %% ../nbs/35_plots.ipynb #836612bc
 def plot_chips(
     images: Any,
     masks: Any,
@@ -363,15 +375,14 @@ def plot_chips(
     masks, predicted
         Class numbers `(N, H, W)` or `(N, 1, H, W)`; or the values of a regression, which are drawn
         with one colour scale.
-    class_names
-        Names for the legend; class numbers if None.
+    class_names, colours
+        Names for the legend, class numbers if None; and colours, as matplotlib reads them.
     ignore_index
         The label that does not count, drawn grey.
     rgb
         The bands shown as red, green and blue.
-    colours
-        A colour for each class, as matplotlib reads it; None for the usual ones.
     """
+    check_bands(images, rgb)
     if is_value_map(masks):
         return plot_values(images, masks, predicted, rgb, ignore_index)
     images, masks, predicted = read_chips(images, masks, predicted)

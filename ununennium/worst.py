@@ -36,6 +36,12 @@ def chip_score(truth: Tensor, predicted: Tensor, ignore_index: int | None) -> fl
     return sum(shares) / len(shares) if shares else float("nan")
 
 # %% ../nbs/36_worst.ipynb #24b708fd
+def is_unknown(trainer: Any) -> bool:
+    """Return whether the loss of a trainer does not say if its targets are classes or values."""
+    spec = trainer.run.task.spec if hasattr(trainer, "run") else None
+    return spec is not None and not (spec.takes_labels or spec.elementwise)
+
+
 def worst_chips(
     trainer: Any, loader: Iterable[Any], count: int
 ) -> list[tuple[float, Tensor, Tensor, Tensor]]:
@@ -43,7 +49,8 @@ def worst_chips(
     found: list[Any] = []
     for batch in loader:
         images, truth = (torch.as_tensor(part).cpu() for part in trainer.unpack(batch))
-        predicted = torch.as_tensor(trainer.predict([batch]))
+        kind = ("raw",) if is_value_map(truth) and is_unknown(trainer) else ()
+        predicted = torch.as_tensor(trainer.predict([batch], *kind))
         if images.ndim != 4 or predicted.ndim != 3 or truth.numel() != predicted.numel():
             raise ValueError(
                 f"plot_predictions draws images (N, C, H, W) with one map each, but got images "

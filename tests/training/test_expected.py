@@ -212,3 +212,35 @@ def test_looking_ahead_leaves_the_metrics_alone():
     trainer.fit(1)
     expected = sum(len(target) for _, target in make_batches(2))
     assert trainer.history["val_seen"] == [expected] and trainer.run.task.at_first is None
+
+
+def float_batches():
+    return [(image, image[:, :1].clone()) for image, _ in make_batches(2)]
+
+
+def own(output, target):
+    return ((output - target) ** 2).mean()
+
+
+@pytest.mark.parametrize("runs", ["fit", "check"])
+def test_a_loss_of_ones_own_with_floats_says_that_there_are_no_scores(runs, capsys):
+    """All scores vanished, and the check found nothing suspicious."""
+    data = float_batches()
+    trainer = make_trainer(data, data, model=nn.Conv2d(4, 1, 1), loss=own)
+    if runs == "check":
+        (text,) = trainer.check()
+        assert text.startswith("There are no scores") and "'own'" in text
+        return
+    with pytest.warns(TrainingWarning, match="There are no scores: the targets are floats"):
+        trainer.fit(1)
+    for metrics in ({}, {"rough": lambda output, target: output.std()}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", TrainingWarning)
+            make_trainer(data, data, model=nn.Conv2d(4, 1, 1), loss=own, metrics=metrics).fit(1)
+
+
+def test_scores_of_classes_that_a_regression_cannot_have_are_told():
+    data = float_batches()
+    trainer = make_trainer(data, data, model=nn.Conv2d(4, 1, 1), loss=nn.MSELoss(), scores=["IoU"])
+    with pytest.warns(TrainingWarning, match=r"scores=\['IoU'\]. chooses among the scores of cl"):
+        trainer.fit(1)

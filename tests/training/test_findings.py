@@ -10,6 +10,7 @@ from torch import nn
 from ununennium import MaskedLoss
 from ununennium.training.findings import (
     band_dim,
+    broadcast_problem,
     find_gap,
     inspect_image,
     inspect_output,
@@ -175,3 +176,21 @@ def test_losses_as_functions_are_understood_too():
     assert "sums to 1" in inspect_output(logits.softmax(1), cross)[0]
     assert "takes logarithms" in inspect_output(logits, nll)[0]
     assert not inspect_output(logits, cross) and not inspect_output(logits.log_softmax(1), nll)
+
+
+def test_nodata_in_an_image_is_not_called_a_large_number():
+    """The cure was to normalise it, which makes -9999 worse."""
+    image = torch.rand(2, 3, 8, 8)
+    image[:, :, :2] = -9999
+    report, (problem,) = inspect_image(image)
+    assert problem.startswith("The image is -9999 in 25.0% of its values") and "-2.5e" not in report
+
+
+def test_a_loss_of_ones_own_that_would_broadcast_is_told():
+    """(N, 1, H, W) - (N, H, W) trained on nonsense, and nothing was suspicious."""
+    spec = inspect_loss(lambda output, target: ((output - target) ** 2).mean())
+    output, target = torch.zeros(4, 1, 8, 8), torch.zeros(4, 8, 8)
+    assert "compares each sample with all others" in broadcast_problem(output, target, spec)[0]
+    for other in (target[:, None], target.long(), torch.zeros(4, 8), None):
+        assert not broadcast_problem(output, other, spec)
+    assert not broadcast_problem(output, target, inspect_loss(nn.MSELoss()))

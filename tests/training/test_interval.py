@@ -116,3 +116,13 @@ def test_a_resumed_fit_does_not_repeat_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error", TrainingWarning)
         trainer.fit(1)
+
+
+def test_a_schedule_of_epochs_that_moves_with_each_step_is_told():
+    """`scheduler_interval="step"` with a length in epochs ended after the first of four epochs."""
+    cosine = lr_scheduler.CosineAnnealingLR(make_optimizer(), T_max=4)
+    assert told(cosine, epochs=4, batches=10, scheduler_interval="step") == 1
+    for epochs, batches in ((4, 1), (4, 2), (5, 10)):
+        assert told(cosine, epochs=epochs, batches=batches, scheduler_interval="step") == 0
+    step = lr_scheduler.StepLR(make_optimizer(), 4)
+    assert told(step, epochs=4, batches=10, scheduler_interval="step") == 0

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ununennium.training.messages import Unchosen
-from ununennium.training.monitor import Monitor, direction_of
+from ununennium.training.monitor import Monitor, direction_of, missing_score
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,9 @@ def test_better_is_strictly_better_and_never_nan():
     assert not more.is_better(0.5, 0.5) and not more.is_better(math.nan, None)
     assert less.is_better(0.39, 0.5) and not less.is_better(0.41, 0.5)
     assert less.is_better(0.5, math.inf) and not less.is_better(math.inf, math.inf)
+
+
+def test_a_score_that_can_be_asked_for_is_named_with_the_setting():
+    text = missing_score("EarlyStopping", "val_F1", ["train_loss", "val_loss", "val_IoU"])
+    assert text.endswith("To have it, add 'F1' to TrainerConfig(scores=[...]).")
+    assert "Did you mean 'val_IoU'" in missing_score("EarlyStopping", "val_iou", ["val_IoU"])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from small import make_batches, small_net
+from small import make_batches, make_trainer, small_net
 from ununennium import Callback, TrainerConfig
 from ununennium.training.hook_checks import check_callbacks
 from ununennium.training.messages import TrainingWarning
@@ -145,3 +145,10 @@ def test_processes_of_torchrun_without_a_group_are_told(count, is_told, monkeypa
     check_group()
     texts = [str(warning.message) for warning in recwarn]
     assert len(texts) == is_told and all("has no process group" in text for text in texts)
+
+
+def test_a_class_of_schedulers_is_no_scheduler():
+    from torch.optim.lr_scheduler import StepLR
+
+    with pytest.raises(TypeError, match=r"scheduler is a class; pass an instance: StepLR\("):
+        make_trainer(scheduler=lambda optimizer: StepLR)

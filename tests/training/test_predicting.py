@@ -164,7 +164,7 @@ def test_one_number_per_sample_has_no_channel(has_channel):
     model = model if has_channel else nn.Sequential(*model, nn.Flatten(0))
     expected = by_hand(model).flatten().numpy()
     assert np.array_equal(predict(model, LOADER, "raw", config=CPU), expected)
-    assert np.array_equal(predict(model, LOADER, config=CPU), expected > 0)
+    assert np.array_equal(predict(model, LOADER, "classes", config=CPU), expected > 0)
 
 
 def test_labels_that_do_not_exclude_each_other_are_predicted_without_a_trainer():
@@ -557,3 +557,13 @@ def test_each_rank_predicts_its_own_loader():
     (_, last), (alone, first) = on_ranks(2, predict_own_part, model)
     assert np.array_equal(alone, expected)
     assert np.array_equal(np.concatenate([first, last]), expected)
+
+
+def test_a_regression_is_not_thresholded_in_another_script():
+    """`predict(model, loader)` gave 0 and 1 for heights, which looked like a map."""
+    images = DataLoader(torch.rand(4, 4, 8, 8), 2)
+    model = nn.Conv2d(4, 1, 1)
+    with pytest.raises(ValueError, match="Pass output='classes' for a logit, or output='raw'"):
+        predict(model, images)
+    assert predict(model, images, "raw").dtype == np.float32
+    assert predict(nn.Conv2d(4, 3, 1), images).dtype == np.uint8

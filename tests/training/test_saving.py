@@ -1,6 +1,7 @@
 """A run to a file and back: part by part, as a whole or not at all."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -144,3 +145,23 @@ def test_a_callback_that_refuses_a_file_is_named(tmp_path):
     other = make_trainer(callbacks=[Picky()])
     with pytest.raises(ValueError, match="state of the callback Picky"):
         load_callback(other.callbacks[0], load_file(path)["callbacks"][0][1])
+
+
+def test_a_scheduler_that_comes_or_goes_between_two_runs_is_told(tmp_path):
+    """The rate was that of the old schedule, and nothing said so."""
+    from torch.optim.lr_scheduler import StepLR
+
+    def make(with_scheduler):
+        scheduler = (lambda optimizer: StepLR(optimizer, 1)) if with_scheduler else None
+        return make_trainer(scheduler=scheduler)
+
+    for first in (True, False):
+        before = make(first)
+        before.fit(1)
+        path = before.save_checkpoint(tmp_path / f"{first}.pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make(first).load_checkpoint(path)
+        said = "the state of a StepLR" if first else "no state of a scheduler, so StepLR begins"
+        with pytest.warns(UserWarning, match=said):
+            make(not first).load_checkpoint(path)

@@ -136,3 +136,21 @@ def test_a_schedule_that_would_run_out_is_refused_before_it_starts():
     with pytest.raises(ValueError, match="for 10 steps and has 6 left, .* up to 8 .*steps=12"):
         schedule.check_length(2, 5, 2)
     schedule.check_length(2, 5, 4)
+
+
+def test_a_function_that_ends_before_the_run_is_named():
+    """A complex rate reached the optimizer: "result type ComplexFloat can't be cast"."""
+    polynomial = lr_scheduler.LambdaLR(make_optimizer(), lambda epoch: (1 - epoch / 2) ** 0.9)
+    schedule = Schedule(polynomial, TrainerConfig())
+    polynomial.optimizer.step()
+    for _ in range(2):
+        schedule.after_epoch({}, 1)
+    with pytest.raises(ValueError, match="LambdaLR has set the rate to .*j. Its function seems"):
+        schedule.after_epoch({}, 1)
+
+
+@pytest.mark.parametrize("make", [None, lambda sgd: lr_scheduler.StepLR(sgd, 2)])
+def test_a_score_to_watch_without_a_plateau_is_refused(make):
+    scheduler = make and make(make_optimizer())
+    with pytest.raises(ValueError, match="scheduler_monitor='val_IoU' is for ReduceLROnPlateau"):
+        Schedule(scheduler, TrainerConfig(scheduler_monitor="val_IoU"))

@@ -145,3 +145,14 @@ def test_an_error_frees_the_graphs_of_its_window():
         trainer.fit(1)
     assert len(trainer.run.open.window) == 3
     assert all(not b.losses and not b.checks for b in trainer.run.open.window)
+
+
+def test_a_callback_that_was_appended_is_looked_at_too():
+    class Wrong(Callback):
+        def on_epoch_edn(self, trainer, epoch, logs):
+            pass
+
+    trainer = make_trainer()
+    trainer.callbacks.append(Wrong())
+    with pytest.raises(TypeError, match="Did you mean on_epoch_end"):
+        trainer.fit(1)

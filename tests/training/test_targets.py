@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from small import make_batches, make_trainer
 from ununennium import MaskedLoss
 from ununennium.training.loss_spec import inspect_loss
 from ununennium.training.targets import (
@@ -190,3 +191,17 @@ def test_other_targets_are_left_alone():
 def test_a_boolean_mask_is_cast_too():
     assert cast_target(torch.tensor([True]), LOGITS, CE).dtype == torch.int64
     assert cast_target(torch.tensor([True]), LOGITS, BCE).dtype == torch.float32
+
+
+def test_a_sample_in_place_of_a_batch_is_told():
+    """The cure was to enlarge the output."""
+    image, mask = make_batches(1)[0]
+    with pytest.raises(ValueError, match="a single sample without a batch dimension"):
+        make_trainer([(image[0], mask[0])], model=nn.Conv2d(4, 3, 1)).fit(1)
+
+
+def test_one_channel_for_a_loss_of_classes_is_the_models_fault_and_not_the_masks():
+    image, mask = make_batches(1)[0]
+    batches = [(image, (mask == 1).long())]
+    with pytest.raises(ValueError, match="one output channel, and CrossEntropyLoss needs one for"):
+        make_trainer(batches, model=nn.Conv2d(4, 1, 1)).fit(1)

@@ -21,7 +21,9 @@ from .batches import MicroBatch, num_batches, open_iterator, prediction
 from .batches import quote_names, sample_names
 from .dropping import preparer, quote_pairs
 from .expected import inspect_monitors
-from .findings import inspect_image, inspect_output, inspect_target
+from .evaluate import scoreless
+from .findings import broadcast_problem, inspect_image, inspect_output
+from .findings import inspect_target
 from .findings import nan_problem, shape_of
 from .finite import bad_rows
 from .interval import check_interval
@@ -164,6 +166,9 @@ def inspect_step(run: Run, raw: Any) -> tuple[dict[str, str], list[str], list[st
     shown, spec = prediction(output), run.task.spec
     report["target"], found = inspect_target(batch.target, shown, spec, run.task.ignore_index)
     problems += found + inspect_output(shown, spec)
+    problems += broadcast_problem(shown, batch.target, spec)
+    if run.evaluator.metrics is None and (problem := scoreless(output, batch.target, run.task)):
+        problems.append(problem)
     report["output"] = shape_of(shown)
     losses = list(batch.losses)
     lacks = run.lockstep.any(batch.is_empty) and run.task.exchange.needs_equal_passes

@@ -65,6 +65,27 @@ def default_metric(output: Any, target: Any, task: Task) -> Any:
     return ConfusionMatrix(classes, task.ignore_index, config.class_names, config.scores or few)
 
 
+def scoreless(output: Any, target: Any, task: Task) -> str:
+    """Return why a batch has no usual score, or not those that were asked for; empty if it has."""
+    spec, wanted = task.spec, task.config.scores
+    metric, shown = default_metric(output, target, task), prediction(output)
+    if metric is None and isinstance(shown, Tensor) and isinstance(target, Tensor):
+        is_unknown = target.is_floating_point() and not (spec.elementwise or spec.takes_labels)
+        is_single = shown.ndim in (1, 3) or shown.shape[1] == 1
+        if is_unknown and is_single and shown.numel() == target.numel():
+            return (
+                f"There are no scores: the targets are floats, and the loss {spec.name!r} does not "
+                "say whether they are classes or values. Pass metrics={'IoU': ConfusionMatrix(2)} "
+                "or metrics={'height': RegressionScores()}; metrics={} ends this warning."
+            )
+    if wanted and not isinstance(metric, ConfusionMatrix):
+        return (
+            f"TrainerConfig(scores={list(wanted)}) chooses among the scores of classes, and this "
+            "run has none: its targets are not class numbers."
+        )
+    return ""
+
+
 def with_default(own: MetricSet | None, output: Any, target: Any, task: Task) -> MetricSet:
     """Return a set of the user's own metrics, if there are any, and the usual one, if there is."""
     metric = default_metric(output, target, task)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..metrics import ConfusionMatrix, MetricSet, declared_directions
 from ..scores import chosen_scores
 from .batches import MicroBatch, has_prediction, prediction
-from .evaluate import metric_hint, with_default
+from .evaluate import metric_hint, scoreless, with_default
 from .hooks import RunView
 from .messages import warn
 from .monitor import Monitor, with_added
@@ -56,6 +56,8 @@ def expected_scores(
         if metrics is not None and run.lockstep.ranks.size > 1:
             return None  # they may compute over all processes, and not all have a batch now
         if metrics is None or needs_default:
+            if problem := scoreless(output, target, run.task):
+                warn(problem)
             metrics = with_default(metrics, output, target, run.task)
             if "" not in metrics.metrics:
                 return None

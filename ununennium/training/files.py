@@ -167,6 +167,10 @@ class Failures:
 
     def add(self, pending: PendingSave, error: Exception) -> None:
         """Note a save that failed; warn of the 1st, 2nd, 4th, ... in a row, and of the last."""
+        if isinstance(
+            error, RankMissing
+        ):  # the files are fine, and the run ends for another reason
+            return warn(pending.failure(error)) if not self.count else None
         self.count += 1
         is_last = pending.is_final and not pending.is_written
         if self.count & (self.count - 1) == 0 or is_last:

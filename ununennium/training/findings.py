@@ -66,12 +66,33 @@ def scale_problem(mean: Tensor, spread: Tensor) -> str:
     return ""
 
 # %% ../../nbs/training/69_findings.ipynb #d7700e54
+GAPS = (-9999, -99999, -999, -32768, -32767, 9999, 32767, 65535)
+
+
+def find_gap(values: Tensor) -> tuple[float, float] | None:
+    """Return a value that seems to mean "no data", and its share of the finite `values`."""
+    for extreme in (values.min(), values.max()) if values.numel() else ():
+        rest = values[values != extreme]
+        if not rest.numel() or (float(extreme) not in GAPS and extreme.abs() < 1e19):
+            continue
+        low, high = rest.min(), rest.max()
+        if not low - (high - low) <= extreme <= high + (high - low):
+            return float(extreme), 1 - rest.numel() / values.numel()
+    return None
+
+# %% ../../nbs/training/69_findings.ipynb #c43ec635
 def inspect_image(image: Any, model: nn.Module | None = None) -> tuple[str, list[str]]:
     """Return what an image batch `(N, C, ...)` shows, and what is wrong with it."""
     report, problems = shape_of(image), []
     if not isinstance(image, Tensor) or image.ndim < 3:
         return report, problems
     dim = band_dim(image, model)
+    if gap := find_gap(image[image.isfinite()]):
+        image = image.masked_fill(image == gap[0], torch.nan)
+        problems.append(
+            f"The image is {gap[0]:.6g} in {gap[1]:.1%} of its values, far from the others. If "
+            "that means no data, replace it after normalising, by 0, and mark it in the mask."
+        )
     mean, spread = band_statistics(image, dim)
     report += f"; {len(mean)} channels" + (f", {image.shape[1]} dates" if dim == 2 else "")
     report += f"; means {listed(mean)}; standard deviations {listed(spread)}"
@@ -91,21 +112,6 @@ def nan_problem(samples: str, is_skipped: bool) -> str:
     return f"{text}. The loss and its gradient are finite all the same, so the model copes with it."
 
 # %% ../../nbs/training/69_findings.ipynb #30a6acdc
-GAPS = (-9999, -99999, -999, -32768, -32767, 9999, 32767, 65535)
-
-
-def find_gap(values: Tensor) -> tuple[float, float] | None:
-    """Return a value that seems to mean "no data", and its share of the finite `values`."""
-    for extreme in (values.min(), values.max()) if values.numel() else ():
-        rest = values[values != extreme]
-        if not rest.numel() or (float(extreme) not in GAPS and extreme.abs() < 1e19):
-            continue
-        low, high = rest.min(), rest.max()
-        if not low - (high - low) <= extreme <= high + (high - low):
-            return float(extreme), 1 - rest.numel() / values.numel()
-    return None
-
-
 def inspect_values(target: Tensor, ignore_index: int | None = None) -> tuple[str, list[str]]:
     """Return statistics of a float target, as text, and what is wrong with it."""
     valid, problems, text = target[target.isfinite()], [], ""
@@ -184,6 +190,22 @@ def sums_to_one(scores: Tensor) -> bool:
     """Return whether scores `(N, C, ...)` are probabilities: 0 or more, and 1 over all classes."""
     sums = scores.sum(1)
     return bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=0.01)
+
+# %% ../../nbs/training/69_findings.ipynb #0627b731
+def broadcast_problem(output: Any, target: Any, spec: LossSpec) -> list[str]:
+    """Return what is wrong if a loss of one's own may broadcast output and target."""
+    is_own = not (spec.takes_labels or spec.elementwise or spec.masked)
+    if not (is_own and isinstance(output, Tensor) and isinstance(target, Tensor)):
+        return []
+    if not target.is_floating_point() or output.shape == target.shape:
+        return []
+    if output.ndim == target.ndim or output.numel() != target.numel():
+        return []
+    return [
+        f"The output is {tuple(output.shape)} and the target {tuple(target.shape)}. If the loss "
+        "subtracts one from the other, PyTorch compares each sample with all others. Give both the "
+        "same shape, such as target.unsqueeze(1)."
+    ]
 
 # %% ../../nbs/training/69_findings.ipynb #cd06d7bd
 SHAPING = ("View", "Reshape", "Unsafe", "Squeeze", "Unsqueeze", "Select", "Slice", "Permute",

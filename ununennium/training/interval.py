@@ -61,6 +61,18 @@ def seeming_length(scheduler: Any, epochs: int, planned: int, ends: list[int]) -
     return length if is_near or length > 2 * max(epochs, planned) else None
 
 # %% ../../nbs/training/63_interval.ipynb #d1cb2716
+def check_end(schedule: Schedule, epochs: int, steps: int) -> None:
+    """Warn if a scheduler that moves with each of so many `steps` is built for the `epochs`."""
+    length = built_length(schedule.scheduler)
+    if schedule.pace == "step" and length == epochs and steps > 2 * epochs:
+        name = type(schedule.scheduler).__name__
+        warn(
+            f"The scheduler {name} ends after {length} moves, as many as there are epochs, but it "
+            f"moves with each of {steps} steps. If it counts epochs, drop "
+            "scheduler_interval='step'."
+        )
+
+
 def check_interval(schedule: Schedule, epochs: int, batches: int | None) -> None:
     """Warn if a scheduler that moves once per epoch seems to be built for steps.
 
@@ -74,9 +86,11 @@ def check_interval(schedule: Schedule, epochs: int, batches: int | None) -> None
         Batches per epoch; None if unknown.
     """
     config = schedule.config
-    if schedule.pace != "epoch" or config.scheduler_interval != "auto" or not batches:
+    if schedule.pace not in ("epoch", "step") or not batches:
         return
     steps = math.ceil(batches / config.accumulation_steps)
+    if config.scheduler_interval != "auto":
+        return check_end(schedule, epochs, epochs * steps)
     ends = [n * each for n in (epochs, config.epochs) for each in (steps, batches)]
     length = seeming_length(schedule.scheduler, epochs, config.epochs, ends)
     if length is not None:

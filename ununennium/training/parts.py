@@ -125,6 +125,9 @@ def check_scheduler(scheduler: object, optimizer: torch.optim.Optimizer) -> None
     """Raise unless the scheduler, if there is one, can step and drives this optimizer."""
     if scheduler is None:
         return
+    if isinstance(scheduler, type):
+        name = scheduler.__name__
+        raise TypeError(f"scheduler is a class; pass an instance: {name}(optimizer, ...).")
     if not hasattr(scheduler, "step"):
         raise TypeError(
             f"scheduler is of type {type(scheduler).__name__}, which has no step(). The order is "

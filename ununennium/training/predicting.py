@@ -140,7 +140,7 @@ def wanted_by(task: Task, scores: Tensor, meaning: str) -> str:
     if meaning or (scores.ndim > 1 and scores.shape[1] > 1):
         return "classes"
     raise ValueError(
-        f"It is not known what the single output of the model means to the loss {task.spec.name}. "
+        "The model has a single output, and it is not known whether that is a logit or a value. "
         "Pass output='classes' for a logit, or output='raw' for a regression."
     )
 
@@ -357,7 +357,7 @@ def task_without_loss(model: nn.Module, config: TrainerConfig | None) -> Task:
 def predict(
     model: nn.Module,
     loader: Iterable[Any],
-    output: str = "classes",
+    output: str | None = None,
     *,
     out: Any = None,
     is_multilabel: bool = False,
@@ -372,7 +372,7 @@ def predict(
     loader
         Batches with or without targets. Under several processes each predicts those it is given.
     output
-        "classes", "probabilities" or "raw".
+        "classes", "probabilities" or "raw"; None for classes, if the model has several outputs.
     out
         An array or CPU tensor to write to, such as a memory map with a row per sample; None for a
         new array.

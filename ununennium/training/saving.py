@@ -85,6 +85,17 @@ def restore_scheduler(run: Run, saved: dict[str, Any]) -> None:
     if scheduler is not None and saved["scheduler"] is not None:
         load_scheduler(scheduler, saved["scheduler"])
         run.schedule.owed.load_state_dict(saved["scheduler"])
+    elif saved["scheduler"] is not None:
+        rate = run.optimizer.param_groups[0]["lr"]
+        warn(
+            f"The file has the state of a {saved['scheduler']['type']}, and this trainer has no "
+            f"scheduler, so the learning rate stays at {rate:.3g}, where it was."
+        )
+    elif scheduler is not None:
+        warn(
+            f"The file has no state of a scheduler, so {type(scheduler).__name__} begins where it "
+            "stands."
+        )
 
 
 def restore_scaler(run: Run, saved: dict[str, Any]) -> None:

@@ -126,6 +126,17 @@ class OwedMoves:
         self.count, self.unread = state.get("owed", 0), list(state.get("outcomes", ()))
 
 # %% ../../nbs/training/60_schedule.ipynb #schedule-n023
+def check_rates(scheduler: Any) -> None:
+    """Raise a `ValueError` if a scheduler has set a rate that is no real number."""
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+    for rate in (group["lr"] for group in groups):
+        if isinstance(rate, complex):
+            raise ValueError(
+                f"The scheduler {type(scheduler).__name__} has set the rate to {rate:.3g}. Its "
+                "function seems to end before the run does: build it for more moves."
+            )
+
+# %% ../../nbs/training/60_schedule.ipynb #76fe0f4e
 class Schedule:
     """A learning-rate scheduler, and when it moves.
 
@@ -143,6 +154,11 @@ class Schedule:
         self.owed = OwedMoves()
         if self.pace == "plateau":
             check_mode(scheduler, config.scheduler_monitor or "val_loss")
+        elif config.scheduler_monitor is not None:
+            raise ValueError(
+                f"scheduler_monitor={config.scheduler_monitor!r} is for ReduceLROnPlateau, and the "
+                f"scheduler is {type(scheduler).__name__ if scheduler else 'not set'}. Drop it."
+            )
 
     def after_step(self, stepped: bool | Tensor) -> None:
         """Move after an optimizer step, unless the step was skipped, or a move is owed."""
@@ -153,12 +169,14 @@ class Schedule:
             stepped = True
         if stepped and not self.owed.is_due():
             self.scheduler.step()
+            check_rates(self.scheduler)
 
     def after_epoch(self, scores: Mapping[str, float], steps: int) -> None:
         """Move after an epoch, unless the run has taken no step yet (`steps` is 0)."""
         self.owed.settle()
         if self.pace == "epoch" and steps:
             self.scheduler.step()
+            check_rates(self.scheduler)
         elif self.pace == "plateau":
             self.scheduler.step(scores[self.score_name(scores)])
 

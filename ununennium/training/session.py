@@ -21,6 +21,7 @@ from .config import TrainerConfig
 from .epoch import suspend
 from .expected import look_ahead
 from .heap import heap_kept
+from .hook_checks import check_callbacks
 from .interval import check_interval
 from .hooks import Hooks
 from .lockstep import failures_told
@@ -166,6 +167,7 @@ def settings_of(run: Run) -> dict[str, object]:
 def prepare(run: Run, stepper: Stepper) -> None:
     """Check loaders, settings and schedule; forget old requests and gradients."""
     check_loaders(run)
+    check_callbacks(run.callbacks)  # the list may have changed
     run.progress.clear_requests()
     run.logged.is_open = True
     run.lockstep.begin()

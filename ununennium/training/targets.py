@@ -40,6 +40,8 @@ def check_elements(output: Tensor, target: Tensor, name: str) -> None:
 # %% ../../nbs/training/43_targets.ipynb #6b75aa8a
 def shape_hint(output: Tensor, target: Tensor) -> str:
     """Return what to do about a target that is not `(N, ...)` for an output `(N, C, ...)`."""
+    if target.shape == output.shape[1:] and output.ndim > 2:
+        return " The batch is a single sample without a batch dimension: pass batch_size=1 or more."
     expected = output.shape[:1] + output.shape[2:]
     if target.shape == (*expected[:1], 1, *expected[1:]):
         return " Drop the channel: mask.squeeze(1)."

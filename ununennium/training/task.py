@@ -23,6 +23,7 @@ from .batches import MicroBatch, has_prediction, prediction
 from .batches import map_tensors, to_device, unpack
 from .config import TrainerConfig
 from .finite import finite_checks
+from .inputs import explain_input
 from .labels import LabelLook, look_at
 from .loss_spec import agreed_ignore_index, batch_weight
 from .loss_spec import inspect_loss, named_losses
@@ -59,73 +60,6 @@ class BatchMethods(Protocol):
     def batch_weight(self, target: Any) -> float | Tensor:
         """Return what a batch's mean loss is divided by."""
         ...
-
-# %% ../../nbs/training/50_task.ipynb #5e253867
-FORMS = {3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}  # by number of dimensions
-WANTED_DIMENSIONS = re.compile(
-    r"xpected (?:\dD (?:\(unbatched\) )?or )?(\d)D (?:\(batched\) )?input"
-)
-
-
-def explain_dimensions(error: Exception, inputs: Any, model: nn.Module) -> Exception | None:
-    """Return an error for an input with too many or too few dimensions; None for another input."""
-    found = WANTED_DIMENSIONS.search(str(error))
-    if found is None or not isinstance(inputs, Tensor) or int(found[1]) not in FORMS:
-        return None
-    first = next(
-        (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None), None
-    )
-    is_first = isinstance(first, nn.modules.batchnorm._BatchNorm) and f"got {inputs.ndim}D" in str(
-        error
-    )
-    if not (is_first or str(list(inputs.shape)) in str(error)):
-        return None  # the input of a later layer
-    takes, shape = int(found[1]), tuple(inputs.shape)
-    if inputs.ndim < takes:
-        cure = "Let the dataset give images with their channels, and the loader batch them."
-    elif shape[1] == 1:
-        cure = (
-            "The loader batches what is a batch already. In the dataset, return image.squeeze(0)."
-        )
-    else:
-        cure = (
-            "Build a model for such inputs, or merge two dimensions in the dataset, such as times "
-            "and bands: image.flatten(0, 1)."
-        )
-    return ValueError(
-        f"The input has {inputs.ndim} dimensions, {shape}, and the model takes {takes}, "
-        f"{FORMS[takes]} ({error}). {cure}"
-    )
-
-# %% ../../nbs/training/50_task.ipynb #5bfd49bc
-def explain_input(error: Exception, inputs: Any, model: nn.Module) -> Exception | None:
-    """Return an error that says how to fix the input, or None if the input was not the problem."""
-    if isinstance(inputs, np.ndarray):
-        return TypeError(
-            "The input is a numpy array. Convert it in the dataset: torch.from_numpy(image)."
-        )
-    if channels := re.search(r"to have (\d+) channels, but got (\d+) channels", str(error)):
-        takes, has = channels.groups()
-        if isinstance(inputs, Tensor) and inputs.ndim > 3 and inputs.shape[-1] == int(takes):
-            swap = "permute(2, 0, 1)" if inputs.ndim == 4 else "movedim(-1, -3)"
-            return ValueError(
-                f"The images have their channels last, {tuple(inputs.shape)}, and the model takes "
-                f"{takes} channels first ({error}). Move them in the dataset: image.{swap}."
-            )
-        return ValueError(
-            f"The image has {has} channels and the model takes {takes} ({error}). Build the model "
-            f"for {has} channels, or select bands in the dataset."
-        )
-    if (explained := explain_dimensions(error, inputs, model)) is not None:
-        return explained
-    wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    is_wrong = isinstance(inputs, Tensor) and wanted is not None and inputs.dtype != wanted
-    if is_wrong and "type" in str(error):
-        return TypeError(
-            f"The input is {inputs.dtype} and the model's parameters are {wanted} ({error}). "
-            "Convert it in the dataset: image.float(), and scale it."
-        )
-    return None
 
 # %% ../../nbs/training/50_task.ipynb #task-n011
 def loss_on(loss_fn: Any, device: torch.device) -> Any:
@@ -397,6 +331,11 @@ def check_output(task: Task, output: Any, batch: MicroBatch) -> None:
     try:
         check_labels(target, classes, task.ignore_index, spec.ignore_hint, batch.labels, batch.raw)
     except ValueError as error:
+        if spec.wants_classes and classes == 1:
+            raise ValueError(
+                f"The model has one output channel, and {spec.name} needs one for each class. "
+                "Build it with 2 channels for two classes, or use nn.BCEWithLogitsLoss."
+            ) from error
         if task.model.training:  # the validation adds which batch of its loader it was
             add_hint(error, f"This is batch index {batch.number} of train_loader.")
         raise
