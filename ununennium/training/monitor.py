@@ -69,7 +69,8 @@ def missing_score(owner: str, name: str, scores: Iterable[str]) -> str:
     close = [f"val_{name}"] if f"val_{name}" in scores else []
     close = close or difflib.get_close_matches(name, scores, n=1, cutoff=0.7)
     hint = f"Did you mean {close[0]!r}?" if close else "Pass one of these as monitor."
-    if (score := name.removeprefix("val_").partition("/")[0]) in SCORES:
+    score = name.removeprefix("val_").partition("/")[0]
+    if score in SCORES and f"val_{score}" not in scores:
         hint = f"To have it, add {score!r} to TrainerConfig(scores=[...])."
     return f"{owner} monitors {name!r}, which is not among the scores {', '.join(scores)}. {hint}"
 
