@@ -113,3 +113,13 @@ def test_what_was_moved_aside_is_told_with_a_line_of_the_user(tmp_path):
     with pytest.warns(UserWarning, match=r"of an earlier run was moved to last-old1\.pt") as caught:
         trainer.fit(1)
     assert caught[0].filename == __file__
+
+
+def test_a_rank_that_failed_is_no_problem_of_the_files(tmp_path):
+    failures = files.Failures(tmp_path)
+    pending = PendingSave("after epoch 3", OwnFiles([]), OwnFiles([]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            failures.add(pending, RankMissing("Resume from the last file."))
+    assert len(caught) == 1 and failures.problem is None

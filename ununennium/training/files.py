@@ -167,19 +167,18 @@ class Failures:
 
     def add(self, pending: PendingSave, error: Exception) -> None:
         """Note a save that failed; warn of the 1st, 2nd, 4th, ... in a row, and of the last."""
-        if isinstance(
-            error, RankMissing
-        ):  # the files are fine, and the run ends for another reason
-            return warn(pending.failure(error)) if not self.count else None
         self.count += 1
+        if isinstance(error, RankMissing):  # the run ends, and not because of its files
+            if self.count == 1:
+                warn(pending.failure(error))
+            return
         is_last = pending.is_final and not pending.is_written
         if self.count & (self.count - 1) == 0 or is_last:
             warn(pending.failure(error, self.count))
         reason = str(error).partition(". ")[0].rstrip(".")
         if pending.is_written:
-            self.problem = (
-                f"The best models in {self.folder} lack the one {pending.when}: {reason}."
-            )
+            best = f"The best models in {self.folder} lack the one {pending.when}"
+            self.problem = f"{best}: {reason}."
             return
         saves = f"all {self.count} saves" if self.count > 1 else "the only save"
         since = ""
