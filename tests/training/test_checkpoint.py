@@ -254,3 +254,15 @@ def test_a_damaged_last_file_is_refused_with_the_name_of_another_one(tmp_path):
 def test_a_file_with_a_whole_model_is_refused_in_a_sentence(tmp_path):
     torch.save(torch.nn.Linear(2, 1), tmp_path / "model.pt")
     assert "it holds objects, and reading them would run code" in message_of(tmp_path / "model.pt")
+
+
+def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
+    """PyTorch says "inline_container.cc: unexpected pos 64 vs 0"."""
+
+    def save(content, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:666] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(CheckpointError, match="the disk seems to be full .* MB are free") as told:
+        save_file({"model": {}}, tmp_path / "last.pt")
+    assert "inline_container" not in str(told.value)

@@ -98,3 +98,10 @@ def test_workers_end_at_once_when_a_trainer_is_dropped(monkeypatch, stops, persi
     del trainer, loader
     gc.collect()
     assert len(workers) >= 2 and not killed
+
+
+def test_scores_without_a_prefix_have_plain_names():
+    """`validate(prefix="")` gave `_loss`."""
+    trainer = make_trainer(val=make_batches(1))
+    assert {"loss", "IoU"} <= trainer.validate(prefix="").keys()
+    assert {"test_loss", "test_IoU"} <= trainer.validate(prefix="test").keys()

@@ -63,6 +63,14 @@ def link_or_copy(path: Path, name: Path) -> None:
     os.replace(new, name)
 
 # %% ../../nbs/training/20_checkpoint.ipynb #checkpoint-019
+def write_reason(error: Exception, folder: Path) -> str:
+    """Return why a file could not be written; PyTorch says of a full disk "unexpected pos"."""
+    if isinstance(error, OSError) or "unexpected pos" not in str(error):
+        return str(error)
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    return f"the disk seems to be full ({free / 1e6:.0f} MB are free now)"
+
+# %% ../../nbs/training/20_checkpoint.ipynb #2a8e9cc4
 def write_atomically(
     path: str | os.PathLike, write: Callable[[BinaryIO], Any], before: Path | None = None
 ) -> Path:
@@ -90,10 +98,11 @@ def write_atomically(
             link_or_copy(path, before)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"The checkpoint {path} could not be written: {error}. An earlier file of that name is "
-            "unchanged; free some space, or choose a folder that you may write to."
+            f"The checkpoint {path} could not be written: {write_reason(error, path.parent)}. An "
+            "earlier file of that name is unchanged; free some space, or choose a folder that you "
+            "may write to."
         ) from error
     finally:
         if temporary.exists():

@@ -183,7 +183,8 @@ class Trainer(Copied):
             What the names of the scores begin with, such as "test".
         """
         scores = score(self.run, find_scored(self.run, loader)) or {}
-        return {f"{prefix}_{name.removeprefix('val_')}": value for name, value in scores.items()}
+        start = f"{prefix}_" if prefix else ""
+        return {start + name.removeprefix("val_"): value for name, value in scores.items()}
 
     @as_default
     def predict(self, loader: Iterable[Any], output: str | None = None, *, out: Any = None) -> Any:
