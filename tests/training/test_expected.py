@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from small import make_batches, make_trainer
-from ununennium import EMA, Callback, CheckpointCallback, EarlyStopping, Trainer
+from ununennium import EMA, Callback, CheckpointCallback, EarlyStopping, Loop, Trainer
 from ununennium.training.messages import TrainingWarning
 
 
@@ -244,3 +244,40 @@ def test_scores_of_classes_that_a_regression_cannot_have_are_told():
     trainer = make_trainer(data, data, model=nn.Conv2d(4, 1, 1), loss=nn.MSELoss(), scores=["IoU"])
     with pytest.warns(TrainingWarning, match=r"scores=\['IoU'\]. chooses among the scores of cl"):
         trainer.fit(1)
+
+
+class ReturnsItsLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(4, 1, 1)
+
+    def forward(self, image):
+        return self.layer(image).mean()
+
+
+def test_a_model_that_returns_its_loss_trains_as_before(capsys):
+    data = [(image, image[:, 0]) for image, _ in make_batches(2)]
+    loss = lambda output, target: output**2
+    trainer = make_trainer(data, data, model=ReturnsItsLoss(), loss=loss)
+    trainer.check()
+    assert trainer.fit(1)["val_loss"]
+
+
+def test_a_loop_of_ones_own_may_add_scores_too(monkeypatch):
+    class Own(Loop):
+        def validate(self):
+            return (super().validate() or {}) | {"val_extra": 0.5}
+
+    monkeypatch.setattr(Trainer, "loop_class", Own)
+    trainer = make_trainer(val=make_batches(1), callbacks=[EarlyStopping("val_extra", mode="max")])
+    with pytest.warns(TrainingWarning, match="monitors 'val_extra'"):
+        trainer.fit(1)
+    assert trainer.history["val_extra"] == [0.5]
+
+
+def test_dropped_samples_can_be_monitored():
+    stopping = EarlyStopping("train_dropped_samples", mode="min")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)
+        make_trainer(callbacks=[stopping], drop_bad_samples=True).fit(1)
+    assert stopping.best == 0

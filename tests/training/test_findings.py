@@ -194,3 +194,15 @@ def test_a_loss_of_ones_own_that_would_broadcast_is_told():
     for other in (target[:, None], target.long(), torch.zeros(4, 8), None):
         assert not broadcast_problem(output, other, spec)
     assert not broadcast_problem(output, target, inspect_loss(nn.MSELoss()))
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.uint8])
+def test_images_of_integers_are_looked_at_too(dtype):
+    """They have no NaN to stand for a gap, and 16 bits without a sign have no minimum."""
+    image = torch.randint(0, 200, (2, 3, 8, 8)).to(dtype)
+    report, problems = inspect_image(image)
+    assert f"{str(dtype).removeprefix('torch.')}; 3 channels" in report
+    assert problems[0].startswith("The image is not normalised")
+    if dtype == torch.int16:
+        image[:, :, 0] = -9999
+        assert inspect_image(image)[1][0].startswith("The image is -9999 in 12.5% of its values")

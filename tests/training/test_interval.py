@@ -126,3 +126,10 @@ def test_a_schedule_of_epochs_that_moves_with_each_step_is_told():
         assert told(cosine, epochs=epochs, batches=batches, scheduler_interval="step") == 0
     step = lr_scheduler.StepLR(make_optimizer(), 4)
     assert told(step, epochs=4, batches=10, scheduler_interval="step") == 0
+
+
+def test_a_chain_that_moves_with_each_step_by_itself_is_left_alone():
+    """A chain with a OneCycleLR was said to move once per epoch, and it does not."""
+    sgd = make_optimizer()
+    parts = [lr_scheduler.LinearLR(sgd, total_iters=40), lr_scheduler.OneCycleLR(sgd, 0.1, 360)]
+    assert told(lr_scheduler.SequentialLR(sgd, parts, milestones=[40]), epochs=4, batches=100) == 0

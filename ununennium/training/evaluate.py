@@ -71,12 +71,13 @@ def scoreless(output: Any, target: Any, task: Task) -> str:
     metric, shown = default_metric(output, target, task), prediction(output)
     if metric is None and isinstance(shown, Tensor) and isinstance(target, Tensor):
         is_unknown = target.is_floating_point() and not (spec.elementwise or spec.takes_labels)
-        is_single = shown.ndim in (1, 3) or shown.shape[1] == 1
+        is_single = shown.ndim in (1, 3) or (shown.ndim > 1 and shown.shape[1] == 1)
         if is_unknown and is_single and shown.numel() == target.numel():
             return (
                 f"There are no scores: the targets are floats, and the loss {spec.name!r} does not "
-                "say whether they are classes or values. Pass metrics={'IoU': ConfusionMatrix(2)} "
-                "or metrics={'height': RegressionScores()}; metrics={} ends this warning."
+                "say whether they are classes or values. Pass metrics={'IoU': ConfusionMatrix(2)}, "
+                "or a metric of values such as ununennium.measures.RegressionScores(); metrics={} "
+                "ends this warning."
             )
     if wanted and not isinstance(metric, ConfusionMatrix):
         return (

@@ -74,6 +74,7 @@ def expected_scores(
         ways = {"loss": "min"} | metrics.directions
         evaluator.directions |= {f"val_{name}": way for name, way in ways.items()}
     names += ["lr", "train_skipped_steps", "train_empty_batches", *run.logged.values]
+    names += ["train_dropped_samples"] if run.config.drop_bad_samples else []
     return dict.fromkeys(names, 0.0)
 
 # %% ../../nbs/training/66_expected.ipynb #03ca3e1e
@@ -94,9 +95,9 @@ def inspect_monitors(run: Run, scores: dict[str, float]) -> list[str]:
     return problems
 
 # %% ../../nbs/training/66_expected.ipynb #b8eec556
-def is_own(part: object) -> bool:
-    """Return whether an object's class is one of this package."""
-    return type(part).__module__.partition(".")[0] == "ununennium"
+def is_own(kind: type) -> bool:
+    """Return whether a class is one of this package."""
+    return kind.__module__.partition(".")[0] == "ununennium"
 
 
 def look_at_first(run: Run, is_sure: bool, output: Any, target: Any, batch: MicroBatch) -> None:
@@ -117,5 +118,6 @@ def look_ahead(run: Run, trainer: RunView) -> None:
     """Look at the first batch of a run that has not completed an epoch in this process."""
     if run.progress.history or run.progress.epoch:
         return
-    is_sure = all(map(is_own, [trainer, *run.callbacks]))
+    loop = getattr(trainer, "loop_class", type(run))  # may be replaced, and log what it likes
+    is_sure = all(map(is_own, [loop, *map(type, [trainer, *run.callbacks])]))
     run.task.at_first = functools.partial(look_at_first, run, is_sure)

@@ -86,7 +86,7 @@ def inspect_image(image: Any, model: nn.Module | None = None) -> tuple[str, list
     report, problems = shape_of(image), []
     if not isinstance(image, Tensor) or image.ndim < 3:
         return report, problems
-    dim = band_dim(image, model)
+    dim, image = band_dim(image, model), image.float()  # integers know no NaN
     if gap := find_gap(image[image.isfinite()]):
         image = image.masked_fill(image == gap[0], torch.nan)
         problems.append(

@@ -30,10 +30,9 @@ def explain_dimensions(error: Exception, inputs: Any, model: nn.Module) -> Excep
     first = next(
         (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None), None
     )
-    is_first = isinstance(first, nn.modules.batchnorm._BatchNorm) and f"got {inputs.ndim}D" in str(
-        error
-    )
-    if not (is_first or str(list(inputs.shape)) in str(error)):
+    text, is_norm = str(error), isinstance(first, nn.modules.batchnorm._BatchNorm)
+    is_first = is_norm and f"got {inputs.ndim}D" in text
+    if not (is_first or str(list(inputs.shape)) in text):
         return None  # the input of a later layer
     takes, shape = int(found[1]), tuple(inputs.shape)
     if inputs.ndim < takes:

@@ -79,18 +79,20 @@ def check_interval(schedule: Schedule, epochs: int, batches: int | None) -> None
     Parameters
     ----------
     schedule
-        The scheduler with its settings. One whose interval was chosen is not questioned.
+        The scheduler with its settings. If its interval was chosen, see `check_end`.
     epochs
         Epochs at the end of this `fit`.
     batches
         Batches per epoch; None if unknown.
     """
     config = schedule.config
-    if schedule.pace not in ("epoch", "step") or not batches:
+    if not batches:
         return
     steps = math.ceil(batches / config.accumulation_steps)
     if config.scheduler_interval != "auto":
         return check_end(schedule, epochs, epochs * steps)
+    if schedule.pace != "epoch":
+        return
     ends = [n * each for n in (epochs, config.epochs) for each in (steps, batches)]
     length = seeming_length(schedule.scheduler, epochs, config.epochs, ends)
     if length is not None:
